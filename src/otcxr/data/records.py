@@ -1,0 +1,138 @@
+"""What a collection of radiographs is: a table of records. Readers make it, one dataset class reads its pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from otcxr.errors import DataError, did_you_mean
+
+__all__ = ["Box", "Collection", "ImageRef", "Radiograph", "Record", "Skipped", "VirtualImage", "full_valid"]
+
+
+class Radiograph(NamedTuple):
+    """The pixels of one radiograph.
+
+    Attributes:
+        image: (1, H, W) float32 in [0, 1], bone bright.
+        valid: (1, H, W) bool, False on padding (and on what the file declares as not measured).
+        spacing: (row, column) pixel pitch in millimetres, None where the source does not state it.
+    """
+
+    image: Tensor
+    valid: Tensor
+    spacing: tuple[float, float] | None
+
+
+@runtime_checkable
+class VirtualImage(Protocol):
+    """An image that is computed instead of read from a file: a phantom, a row of a pack, a planted mask.
+
+    Implementations are hashable and picklable; ``str()`` of one is a short name that is unique in its collection.
+    A mask is an image whose pixels are 0 and 1.
+    """
+
+    def radiograph(self) -> Radiograph: ...
+
+
+ImageRef: TypeAlias = Path | VirtualImage
+
+
+class Box(NamedTuple):
+    """A box around a finding, in [0, 1] of the image: x and width of its width, y and height of its height."""
+
+    finding: str
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+class Record(NamedTuple):
+    """One image and what is known about it.
+
+    Attributes:
+        image: Where the pixels come from.
+        study: Identifier of the study (one visit); unique within the collection's source.
+        patient: Identifier of the patient; splits and intervals group by it. Unknown: one patient an image.
+        sex: "M", "F" or None.
+        age: Years, or None (unknown or implausible).
+        view: "PA", "AP" or None.
+        source: Name of the reader that made the record.
+        spacing: (row, column) pixel pitch in millimetres of the pixels as stored, or None.
+        labels: Finding -> 1 present, 0 absent; an absent key means *not assessed*.
+        boxes: Expert boxes; empty where there are none.
+        masks: Name -> image of a mask, for lungs, heart and findings.
+        split: "train", "val", "test" or "" (the source defines none).
+    """
+
+    image: ImageRef
+    study: str
+    patient: str
+    sex: str | None = None
+    age: float | None = None
+    view: str | None = None
+    source: str = ""
+    spacing: tuple[float, float] | None = None
+    labels: Mapping[str, int] = {}  # noqa: RUF012  (never mutated: records are read-only)
+    boxes: tuple[Box, ...] = ()
+    masks: Mapping[str, ImageRef] = {}  # noqa: RUF012
+    split: str = ""
+
+    @property
+    def name(self) -> str:
+        """A short name of the image for lists and pictures; it is the file's name where there is a file."""
+        return self.image.name if isinstance(self.image, Path) else str(self.image)
+
+
+class Skipped(NamedTuple):
+    """An image that the source names but that cannot be used, and why."""
+
+    image: str
+    reason: str
+
+
+class Collection(NamedTuple):
+    """Records of one source.
+
+    Attributes:
+        name: The source string that opened it.
+        findings: Findings in the order in which tables list them.
+        records: The records, in a stable order.
+        skipped: Images that the reader left out, with the reason (listed, never silent).
+    """
+
+    name: str
+    findings: tuple[str, ...]
+    records: Sequence[Record]
+    skipped: tuple[Skipped, ...] = ()
+
+    def split(self, name: str) -> Collection:
+        """Return the records of one split.
+
+        Raises:
+            DataError: No record has this split, or a patient is in this split and in another one.
+        """
+        inside = [record for record in self.records if record.split == name]
+        if not inside:
+            known = {record.split for record in self.records} - {""}
+            hint = did_you_mean(name, known) if known else "; this source defines no splits"
+            raise DataError(f"{self.name} has no record in split '{name}'{hint}")
+        patients = {record.patient for record in inside}
+        shared = sorted({r.patient for r in self.records if r.split not in ("", name) and r.patient in patients})
+        if shared:
+            raise DataError(
+                f"{len(shared)} patients of {self.name} are in split '{name}' and in another one (first: {shared[0]}); "
+                "a split must not cut through a patient: mend the split lists"
+            )
+        return self._replace(records=inside)
+
+
+
+def full_valid(image: Tensor) -> Tensor:
+    """A validity mask that is True everywhere, (1, H, W) for an image (1, H, W)."""
+    return torch.ones_like(image, dtype=torch.bool)

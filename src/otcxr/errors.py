@@ -1,0 +1,38 @@
+"""Errors that a user can act on. The command line prints them in one line and exits with code 1.
+
+Every message says what was expected, what came, where, and the fix.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "MissingExtra", "OtcxrError", "did_you_mean"]
+
+
+class OtcxrError(Exception):
+    """Base of all errors that otcxr raises on purpose."""
+
+
+class ConfigError(OtcxrError):
+    """A setting is unknown, has the wrong type or contradicts another one."""
+
+
+class DataError(OtcxrError):
+    """A file, folder, table or image is not what its reader expects."""
+
+
+class CheckpointError(OtcxrError):
+    """A saved state is missing, cut short or belongs to another network or run."""
+
+
+class MissingExtra(OtcxrError):
+    """An optional package is needed for what was asked; the message names the extra."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest of ``known``, else the list of what is known."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(names)}"
