@@ -43,7 +43,7 @@ ImageRef: TypeAlias = Path | VirtualImage
 
 
 class Box(NamedTuple):
-    """A box around a finding, in [0, 1] of the image: x and width of its width, y and height of its height."""
+    """A box around a finding, in pixels of the image as stored; x to the right, y down, from the top left corner."""
 
     finding: str
     x: float

@@ -1,0 +1,96 @@
+"""Where the positions of a view lie: batches of views and their exact geometry.
+
+All coordinates are (x right, y down) in [0, 1] of an image or view, so they do not depend on its pixels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Correspondence", "ViewBatch", "correspondence", "token_centres", "token_valid"]
+
+
+class ViewBatch(NamedTuple):
+    """One entry per view; views may differ in size.
+
+    Attributes:
+        views: (B, 1, H_v, W_v) float32 in [0, 1] each.
+        geometry: (V, B, 2, 3) affine map from view to source image, both in [0, 1]: crop, rotation, flip.
+        valid: (B, 1, H_v, W_v) bool each: not padding, rotation corner or collimation.
+        clean: the same views before intensity changes, for methods that restore them; None where nobody asked.
+    """
+
+    views: tuple[Tensor, ...]
+    geometry: Tensor
+    valid: tuple[Tensor, ...]
+    clean: tuple[Tensor, ...] | None = None
+
+
+class Correspondence(NamedTuple):
+    """Where the tokens of one view lie in the other one.
+
+    Attributes:
+        position: (B, n, 2) coordinates of each token's centre in the other view; outside [0, 1] if it is not seen.
+        cell: (B, n) index of the other view's token that contains it; -1 where there is none.
+        known: (B, n) bool: the token is valid and its true position lies in a valid token of the other view.
+    """
+
+    position: Tensor
+    cell: Tensor
+    known: Tensor
+
+
+def token_centres(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Centres of a grid of cells in [0, 1], row by row: (height * width, 2) as (x, y)."""
+    y = (torch.arange(height, device=device) + 0.5) / height
+    x = (torch.arange(width, device=device) + 0.5) / width
+    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack((grid_x, grid_y), dim=-1).reshape(-1, 2)
+
+
+def token_valid(valid: Tensor, height: int, width: int, share: float = 0.5) -> Tensor:
+    """Tokens of which at least ``share`` of the area is valid: (B, 1, H, W) bool -> (B, height * width) bool."""
+    covered = torch.nn.functional.adaptive_avg_pool2d(valid.float(), (height, width))
+    return covered.flatten(1) >= share
+
+
+def apply_affine(affine: Tensor, points: Tensor) -> Tensor:
+    """Map points (..., n, 2) by affine maps (..., 2, 3)."""
+    return points @ affine[..., :, :2].transpose(-1, -2) + affine[..., None, :, 2]
+
+
+def invert_affine(affine: Tensor) -> Tensor:
+    """Inverse of affine maps (..., 2, 3)."""
+    linear = torch.linalg.inv(affine[..., :, :2])
+    return torch.cat((linear, -(linear @ affine[..., :, 2:])), dim=-1)
+
+
+def correspondence(
+    geometry_s: Tensor,
+    geometry_t: Tensor,
+    valid_s: Tensor,
+    valid_t: Tensor,
+    grid_s: tuple[int, int],
+    grid_t: tuple[int, int],
+) -> Correspondence:
+    """True position of every token of view s in view t, from the known geometry of both.
+
+        p_t = G_t^{-1} G_s p_s
+
+    Args:
+        geometry_s, geometry_t: (B, 2, 3) maps from view to source.
+        valid_s, valid_t: (B, n) and (B, m) bool, valid tokens.
+        grid_s, grid_t: (height, width) of the token grids.
+    """
+    centres = token_centres(*grid_s, device=geometry_s.device).to(geometry_s.dtype)
+    source = apply_affine(geometry_s, centres.expand(geometry_s.shape[0], -1, -1))
+    position = apply_affine(invert_affine(geometry_t), source)
+    height, width = grid_t
+    column, row = (position[..., 0] * width).floor().long(), (position[..., 1] * height).floor().long()
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    cell = torch.where(inside, row * width + column, -1)
+    known = inside & valid_s & valid_t.gather(1, cell.clamp_min(0))
+    return Correspondence(position, cell, known)

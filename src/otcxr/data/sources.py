@@ -1,0 +1,34 @@
+"""Source strings to collections: the table of readers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from otcxr.data.folder import read_folder
+from otcxr.data.nih import read_nih
+from otcxr.data.phantom import read_phantom
+from otcxr.data.records import Collection
+from otcxr.errors import DataError, did_you_mean
+
+__all__ = ["READERS", "open_collection"]
+
+READERS: dict[str, Callable[[str], Collection]] = {
+    "folder": read_folder,
+    "nih": read_nih,
+    "phantom": read_phantom,
+}
+
+
+def open_collection(source: str) -> Collection:
+    """Open the collection that a source string names: ``READER:ARGUMENT``.
+
+    "nih:PATH", "folder:PATH" and "phantom:N[,seed=S][,size=P]".
+
+    Raises: DataError: unknown reader, or what the reader raises.
+    """
+    reader, colon, argument = source.partition(":")
+    if not colon or not argument:
+        raise DataError(f"data.source is '{source}'; expected READER:ARGUMENT, such as nih:PATH or phantom:500")
+    if reader not in READERS:
+        raise DataError(f"unknown reader '{reader}' in data.source{did_you_mean(reader, READERS)}")
+    return READERS[reader](argument)

@@ -1,0 +1,1 @@
+"""What a plain encoder is worth: tasks, measures and their uncertainty."""

@@ -1,0 +1,254 @@
+"""OTCXR: align the dense maps of two views by optimal transport, with masses from cross-view attention.
+
+    z_s, z_t      tokens of the last map of two views of one radiograph               (B, n, C), (B, m, C)
+    R_s, R_t      CV-SIM: R_s = MHA(query z_s, key and value z_t), and the other way  (B, n, C), (B, m, C)
+    mu, nu        masses on the valid tokens, from R or from the attention            (B, n), (B, m)
+    q             token projector on z, or on z + R with ``infuse``                   (B, n, d), (B, m, d)
+    C             1 - cos(q_s, q_t)                                                   (B, n, m), in [0, 2]
+    P             argmin <P, C> + epsilon KL(P | mu nu^T),  P 1 = mu, P^T 1 = nu      (B, n, m)
+    L_OT          mean over the batch of the entropic value (gradient by the envelope theorem)
+
+    L = alpha L_OT + beta sum_rows [v(q_s) + v(q_t)] / 2 + eta [c(q_s) + c(q_t)]
+        + global_weight |g_s - g_t|^2 / d + mass_weight * (spread of the masses)
+
+v and c are VICReg's variance and covariance terms on the unnormalised q; which rows they see is ``variance_rows``.
+g is the mean of q over valid tokens. Padding and rotation corners get no mass, are no keys and no rows.
+
+Source: Gorade, Singh, Mishra, WACV 2025, arXiv:2404.11868. The source states the forward pass, the cosine discrepancy,
+masses from cross-view attention, <P, C> and the form of the loss without the last line. Ours: the sign of the cost (a
+similarity as cost would pair the least similar), the entropic value, the rows of the variance (over all tokens the map
+becomes constant within each image), the global term, the control of the masses' spread, all numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from otcxr.data.geometry import ViewBatch, token_valid
+from otcxr.errors import ConfigError, DataError
+from otcxr.losses import covariance, masked_mean, variance, variance_at_positions, variance_within
+from otcxr.methods.base import Match, Observed, SSLMethod, StepOutput, encode_views, tokens_of
+from otcxr.nn.attention import CrossViewAttention
+from otcxr.nn.encoder import Encoder, pool
+from otcxr.nn.heads import TokenProjector
+from otcxr.ot import Transport, cosine_cost, entropy, sinkhorn
+
+__all__ = ["OTCXR", "OTCXRSettings"]
+
+_ROWS = ("pooled", "tokens", "position", "within-image")
+_MASSES = ("score", "attention", "uniform")
+
+
+@dataclass(frozen=True)
+class OTCXRSettings:
+    """Settings of OTCXR and of its controls.
+
+    Attributes:
+        mass: Where the masses come from: "score" (a head on R, softmax), "attention" (what a token receives from the
+            other view, mean over heads and queries) or "uniform".
+        mass_gradient: Let the transport term train the masses. False only with "attention": a score head without
+            gradient would stay as it was made.
+        temperature: Of the softmax of the scores.
+        floor: kappa in mu <- (1 - kappa) mu + kappa / n_valid; without one all mass can fall on one cell.
+        mass_area: Share of the valid tokens that the masses should at least spread over, as exp(H) / n_valid.
+        mass_weight: Weight of max(0, ln(mass_area n_valid) - H), mean over both views; 0 switches it off.
+        infuse: Add R to z before the projector.
+        heads: Heads of the cross-view attention.
+        hidden: Hidden width of the token projector.
+        outputs: d, dimensions of q.
+        epsilon: Blur of the transport, in units of the cost.
+        tolerance: L1 error of the marginals at which a problem is done.
+        max_iterations: Limit of Sinkhorn's iterations; the residual is logged.
+        objective: "value" (entropic value). "sharp" is not available yet.
+        reach: Softness of the marginals; only null (exact) is available yet.
+        centred_cost: Subtract the mean of all valid q of the batch before the cosine.
+        alpha: Weight of the transport term.
+        beta: Weight of the variance term, for each kind of row.
+        eta: Weight of the covariance term.
+        global_weight: Weight of the squared difference of the pooled projections.
+        variance_rows: What counts as a row of v: "pooled" (one per image), "tokens" (all), "position" (over the batch
+            at each cell), "within-image" (over the tokens of each image); any combination.
+        within_target: Standard deviation that "within-image" asks for; the other rows ask for 1.
+    """
+
+    mass: str = "score"
+    mass_gradient: bool = True
+    temperature: float = 1.0
+    floor: float = 0.1
+    mass_area: float = 0.5
+    mass_weight: float = 1.0
+    infuse: bool = False
+    heads: int = 8
+    hidden: int = 512
+    outputs: int = 128
+    epsilon: float = 0.05
+    tolerance: float = 1e-3
+    max_iterations: int = 200
+    objective: str = "value"
+    reach: float | None = None
+    centred_cost: bool = False
+    alpha: float = 25.0
+    beta: float = 25.0
+    eta: float = 1.0
+    global_weight: float = 25.0
+    variance_rows: tuple[str, ...] = ("pooled", "within-image")
+    within_target: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mass not in _MASSES:
+            raise ConfigError(f"method.mass must be one of {', '.join(_MASSES)}, received '{self.mass}'")
+        unknown = [rows for rows in self.variance_rows if rows not in _ROWS]
+        if unknown:
+            raise ConfigError(f"method.variance_rows may hold {', '.join(_ROWS)}; received '{unknown[0]}'")
+        if not self.mass_gradient and self.mass == "score":
+            raise ConfigError(
+                "method.mass_gradient = false needs method.mass = attention: a score head without gradient never learns"
+            )
+        if not 0 <= self.floor < 1 or not 0 < self.mass_area <= 1:
+            raise ConfigError(f"method.floor must be in [0, 1) and method.mass_area in (0, 1], received {self.floor} "
+                              f"and {self.mass_area}")  # fmt: skip
+        if self.temperature <= 0 or self.epsilon <= 0 or self.tolerance <= 0 or self.max_iterations < 1:
+            raise ConfigError("method.temperature, epsilon and tolerance must be > 0 and max_iterations >= 1")
+        if self.objective != "value":
+            raise ConfigError(f"method.objective '{self.objective}' is not available yet; use 'value'")
+        if self.reach is not None:
+            raise ConfigError("method.reach is not available yet; leave it null (exact marginals)")
+
+
+class _Pair(NamedTuple):
+    """Everything about one pair of views: tokens z, masses, projections q, transport, attention of s on t."""
+
+    tokens: tuple[Tensor, Tensor]
+    valid: tuple[Tensor, Tensor]
+    masses: tuple[Tensor, Tensor]
+    projections: tuple[Tensor, Tensor]
+    cost: Tensor
+    transport: Transport
+    attention: Tensor | None
+
+
+class OTCXR(SSLMethod):
+    """See the module's text. With ``mass="uniform"`` and ``infuse=False`` there is no CV-SIM at all."""
+
+    def __init__(self, encoder: Encoder, settings: OTCXRSettings) -> None:
+        super().__init__(encoder, settings)
+        dim = encoder.channels[-1]
+        self.projector = TokenProjector(dim, settings.hidden, settings.outputs)
+        needs_cross_view = settings.infuse or settings.mass != "uniform"
+        self.cross_view = CrossViewAttention(dim, settings.heads) if needs_cross_view else None
+        self.score = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1)) if settings.mass == "score" else None
+
+    def forward(self, batch: ViewBatch, *, observe: bool = False) -> StepOutput:
+        s = self.settings
+        maps = encode_views(self.encoder, batch)
+        pair = self._pair(maps[0][-1], maps[1][-1], batch)
+        transport = pair.transport.value.mean()
+        means = [masked_mean(q, valid) for q, valid in zip(pair.projections, pair.valid, strict=True)]
+        spread = sum((self._variance(*view) for view in zip(pair.projections, pair.valid, means, strict=True))) / 2
+        correlation = sum((self._covariance(*view) for view in zip(pair.projections, pair.valid, means, strict=True)))
+        loss = s.alpha * transport + s.beta * spread + s.eta * correlation
+        terms = {"transport": transport, "variance": spread, "covariance": correlation}
+        if s.global_weight > 0:
+            terms["global"] = (means[0] - means[1]).square().mean()
+            loss = loss + s.global_weight * terms["global"]
+        if s.mass_weight > 0 and s.mass_gradient and s.mass != "uniform":
+            terms["mass"] = sum(map(self._concentration, pair.masses, pair.valid), loss.new_zeros(())) / 2
+            loss = loss + s.mass_weight * terms["mass"]
+        terms["residual"] = pair.transport.residual.max()
+        observed = None
+        if observe:
+            pooled = torch.cat((pool(maps[0]), pool(maps[1]))).detach()
+            observed = Observed(pooled, pair.tokens[0].detach(), _match(pair))
+        return StepOutput(loss, {name: torch.as_tensor(term).detach() for name, term in terms.items()}, observed)
+
+    @torch.no_grad()
+    def match(self, batch: ViewBatch) -> Match:
+        maps = encode_views(self.encoder, batch)
+        return _match(self._pair(maps[0][-1], maps[1][-1], batch))
+
+    def _pair(self, map_s: Tensor, map_t: Tensor, batch: ViewBatch) -> _Pair:
+        s = self.settings
+        valid_s = token_valid(batch.valid[0], *map_s.shape[-2:])
+        valid_t = token_valid(batch.valid[1], *map_t.shape[-2:])
+        for name, valid in (("first", valid_s), ("second", valid_t)):
+            if not valid.any(1).all():
+                sample = int((~valid.any(1)).nonzero()[0])
+                raise DataError(f"the {name} view of sample {sample} of the batch has no valid token: nothing to match")
+        z_s, z_t = tokens_of(map_s), tokens_of(map_t)
+        r_s = r_t = weights_s = weights_t = None
+        if self.cross_view is not None:
+            r_s, weights_s = self.cross_view(z_s, z_t, valid_t)
+            r_t, weights_t = self.cross_view(z_t, z_s, valid_s)
+        mu = self._mass(r_s, weights_t, valid_s, valid_t)
+        nu = self._mass(r_t, weights_s, valid_t, valid_s)
+        infused_s, infused_t = (z_s + r_s, z_t + r_t) if s.infuse else (z_s, z_t)
+        q_s, q_t = self.projector(infused_s), self.projector(infused_t)
+        centre = torch.cat((q_s[valid_s], q_t[valid_t])).mean(0) if s.centred_cost else 0.0
+        cost = cosine_cost(q_s - centre, q_t - centre)
+        transport = sinkhorn(
+            cost, mu, nu, epsilon=s.epsilon, tolerance=s.tolerance, max_iterations=s.max_iterations,
+            objective=s.objective, reach=s.reach,
+        )  # fmt: skip
+        return _Pair((z_s, z_t), (valid_s, valid_t), (mu, nu), (q_s, q_t), cost, transport, weights_s)
+
+    def _mass(self, infused: Tensor | None, received: Tensor | None, valid: Tensor, other_valid: Tensor) -> Tensor:
+        """Masses of one view (B, n), at least float32.
+
+        Args:
+            infused: R of this view.
+            received: Attention of the other view's tokens on this view's, (B, heads, m, n).
+            valid: (B, n) bool of this view; other_valid: (B, m) of the other one, whose tokens are the queries.
+        """
+        s = self.settings
+        dtype = torch.promote_types(self.projector.layers[0].weight.dtype, torch.float32)
+        count = valid.sum(-1, keepdim=True).to(dtype)
+        uniform = valid.to(dtype) / count
+        if s.mass == "uniform":
+            return uniform
+        with torch.autocast(valid.device.type, enabled=False):
+            if self.score is not None:
+                assert infused is not None
+                score = self.score(infused.to(dtype)).squeeze(-1) / s.temperature
+                mass = score.masked_fill(~valid, float("-inf")).softmax(-1)
+            else:
+                assert received is not None
+                queries = other_valid[:, None, :, None].to(dtype)
+                mass = (received.to(dtype) * queries).sum(2).mean(1) / queries.sum(2).mean(1)
+                if not s.mass_gradient:
+                    mass = mass.detach()
+            return (1 - s.floor) * mass + s.floor * uniform
+
+    def _variance(self, q: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
+        """Sum of the variance hinges over the kinds of rows that are asked for."""
+        rows = self.settings.variance_rows
+        total = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
+        if "pooled" in rows:
+            total = total + variance(mean)
+        if "tokens" in rows:
+            total = total + variance(q[valid])
+        if "position" in rows:
+            total = total + variance_at_positions(q, valid)
+        if "within-image" in rows:
+            total = total + variance_within(q, valid, self.settings.within_target)
+        return total
+
+    def _covariance(self, q: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
+        """Covariance penalty on pooled rows if the variance sees only those, else on all valid tokens."""
+        return covariance(mean) if self.settings.variance_rows == ("pooled",) else covariance(q[valid])
+
+    def _concentration(self, mass: Tensor, valid: Tensor) -> Tensor:
+        """How far the masses fall short of the wanted spread: mean of max(0, ln(mass_area n_valid) - H)."""
+        wanted = valid.sum(-1).log() + math.log(self.settings.mass_area)
+        # an absent position counts as p = 1 (entropy 0): at p = 0 the slope of the entropy is infinite
+        return (wanted - entropy(torch.where(valid, mass, 1.0))).clamp_min(0).mean()
+
+
+def _match(pair: _Pair) -> Match:
+    attention = None if pair.attention is None else pair.attention.detach()
+    mu, nu = pair.masses
+    return Match(pair.cost.detach(), mu.detach(), nu.detach(), pair.transport.plan.detach(), attention)
