@@ -1,7 +1,7 @@
 """Synthetic frontal chest radiographs with planted findings: the source ``phantom:N,seed=S,size=P``.
 
-A phantom is computed, never stored: a record names (settings, index, layer), and pixels are rendered when they are read,
-the same bytes in any order and any process. The picture is a projection, as on a detector of 400 mm x 400 mm:
+A phantom is computed, never stored: a record names (settings, index, layer), and pixels are rendered when they are
+read, the same bytes in any order and any process. The picture is a projection, as on a detector of 400 mm x 400 mm:
 
     integral(p) = sum over structures of mu * path length at p        (closed formulas, mm)
     counts(p)   = exp(-integral) + scatter, blurred by the detector, plus quantum noise
@@ -30,7 +30,6 @@ from typing import overload
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from otcxr.data.phantom_anatomy import (
     FIELD_MM,
@@ -84,16 +83,18 @@ class PhantomConfig:
     noise: float = 0.02
 
     def __post_init__(self) -> None:
-        ranges = {"count": (1, 10**9), "seed": (0, 2**32 - 1), "size": (32, 1024)}
+        ranges = {"count": (1, 10**8), "seed": (0, 2**32 - 1), "size": (32, 1024)}
         for field in dataclasses.fields(self):
+            whole = field.name in ranges
             low, high = ranges.get(field.name, (0, 1))
             value = getattr(self, field.name)
-            if not low <= value <= high:
+            if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+                kind, example = (
+                    ("whole number", "2000,seed=100,size=96") if whole else ("number", f"2000,{field.name}=0.5")
+                )
                 raise ConfigError(
-                    f"phantom setting {field.name} is {value} but must lie in [{low}, {high}]; "
-                    f"write for example 'phantom:2000,{field.name}={min(max(low, 1), high)}'"
-                    if field.name != "count"
-                    else f"phantom count is {value} but must be at least 1; write for example 'phantom:2000'"
+                    f"phantom setting {field.name} is {value!r} but must be a {kind} in [{low}, {high}]; "
+                    f"write for example 'phantom:{example}'"
                 )
 
 
@@ -133,16 +134,13 @@ class _Table:
     def __init__(self, seed: int, count: int) -> None:
         rows = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,))).random((count, 4))
         studies = 1 + np.searchsorted([0.4, 0.7, 0.9], rows[:, 0], side="right")
-        self.ends = np.cumsum(studies)
-        self.studies = studies
-        self.split = np.searchsorted([0.7, 0.8], rows[:, 1], side="right")
-        self.female = rows[:, 2] < 0.5
-        self.age = np.floor(18 + 72 * rows[:, 3])
-
-    def who(self, index: int) -> tuple[int, int]:
-        """Patient (from 0) and number of the study (from 1) of an image."""
-        patient = int(np.searchsorted(self.ends, index, side="right"))
-        return patient, index - int(self.ends[patient] - self.studies[patient]) + 1
+        patients = np.repeat(np.arange(count), studies)[:count]
+        first = np.cumsum(studies) - studies
+        self.patient: list[int] = patients.tolist()
+        self.study: list[int] = (np.arange(count) - first[patients] + 1).tolist()  # from 1
+        self.split = np.array(["train", "val", "test"])[np.searchsorted([0.7, 0.8], rows[:, 1], side="right")].tolist()
+        self.sex: list[str] = np.where(rows[:, 2] < 0.5, "F", "M").tolist()
+        self.age: list[float] = np.floor(18.0 + 72.0 * rows[:, 3]).tolist()
 
 
 @lru_cache(maxsize=8)
@@ -154,14 +152,14 @@ def _table(seed: int, count: int) -> _Table:
 def _scene(config: PhantomConfig, index: int) -> tuple[Anatomy, Study]:
     """The anatomy, as breathed in this study, and the study of an image."""
     table = _table(config.seed, config.count)
-    patient, number = table.who(index)
-    anatomy = draw_anatomy(config.seed, patient, "F" if table.female[patient] else "M")
+    patient, number = table.patient[index], table.study[index]
+    anatomy = draw_anatomy(config.seed, patient, table.sex[patient])
     prevalences = (config.nodule_prevalence, config.effusion_prevalence)
     study = draw_study(anatomy, config.seed, patient, number, prevalences)
     return chest(anatomy, study), study
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class PhantomImage:
     """One layer of one phantom: ``"image"``, or the mask ``"lungs"``, ``"heart"``, ``"Nodule"`` or ``"Effusion"``."""
 
@@ -205,21 +203,21 @@ class _Records(Sequence[Record]):
     def _record(self, index: int) -> Record:
         config = self._config
         table = _table(config.seed, config.count)
-        patient, number = table.who(index)
+        patient, number = table.patient[index], table.study[index]
         body, study = _scene(config, index)
         pitch = FIELD_MM / config.size
         boxes = [
             _box("Nodule", n.x - r, n.y - r, n.x + r, n.y + r, pitch)
             for n in study.nodules for r in [_seen_radius(n.radius, pitch)]
-        ] + [_box("Effusion", *fluid_extent(body, study, fluid), pitch) for fluid in study.fluids]  # fmt: skip
+        ] + [_box("Effusion", *fluid_extent(body, study, fluid), 2 * pitch) for fluid in study.fluids]  # fmt: skip
         labels = {"Nodule": int(bool(study.nodules)), "Effusion": int(bool(study.fluids))}
         layers = ["lungs", "heart", *(name for name in FINDINGS if labels[name])]
         masks: dict[str, ImageRef] = {layer: PhantomImage(config, index, layer) for layer in layers}
         return Record(
             image=PhantomImage(config, index), study=f"P{patient:05d}-{number}", patient=f"P{patient:05d}",
-            sex="F" if table.female[patient] else "M", age=float(table.age[patient]), view=study.view,
+            sex=table.sex[patient], age=table.age[patient], view=study.view,
             source="phantom", spacing=(pitch, pitch), labels=labels, boxes=tuple(boxes), masks=masks,
-            split=("train", "val", "test")[table.split[patient]],
+            split=table.split[patient],
         )  # fmt: skip
 
 
@@ -235,11 +233,9 @@ def read_phantom(text: str) -> Collection:
 
 
 def _box(finding: str, left: float, top: float, right: float, bottom: float, pitch: float) -> Box:
-    """A box in [0, 1] from an extent in mm of the image frame, grown by half a pixel to hold whole pixels."""
-    x0, y0, x1, y1 = (
-        min(max((edge + grow) / FIELD_MM + 0.5, 0.0), 1.0)
-        for edge, grow in ((left, -pitch / 2), (top, -pitch / 2), (right, pitch / 2), (bottom, pitch / 2))
-    )
+    """A box in [0, 1] from an extent in mm of the image frame, grown by half of ``pitch`` to hold whole pixels."""
+    edges = (left - pitch / 2, top - pitch / 2, right + pitch / 2, bottom + pitch / 2)
+    x0, y0, x1, y1 = (min(max(edge / FIELD_MM + 0.5, 0.0), 1.0) for edge in edges)
     return Box(finding, x0, y0, x1 - x0, y1 - y0)
 
 
@@ -251,7 +247,8 @@ def _seen_radius(radius: float, pitch: float) -> float:
 @lru_cache(maxsize=4)
 def _axis(size: int) -> Array:
     """Centres of the pixels along one side in mm of the image frame."""
-    return ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5) * np.float32(FIELD_MM)
+    axis = ((np.arange(size) + 0.5) / size - 0.5) * FIELD_MM
+    return axis.astype(np.float32)
 
 
 def _body_grid(study: Study, size: int) -> tuple[Array, Array]:
@@ -277,10 +274,17 @@ def _mask(image: PhantomImage) -> Array:
     if image.layer == "Effusion":
         wet = np.zeros_like(inside)
         for fluid in study.fluids:
-            wet |= v > fluid_top(body, fluid, x)
-        inside &= wet
-    elif image.layer != "lungs":
-        raise ConfigError(f"a phantom has no layer '{image.layer}'" + did_you_mean(image.layer, ("lungs", "heart", *FINDINGS)))  # fmt: skip
+            part = inside & (v > fluid_top(body, fluid, x))
+            if not part.any():  # a blunted angle between the centres of very large pixels
+                left, top, right, bottom = fluid_extent(body, study, fluid)
+                part[
+                    int(size * ((top + bottom) / 2 / FIELD_MM + 0.5)), int(size * ((left + right) / 2 / FIELD_MM + 0.5))
+                ] = True
+            wet |= part
+        return wet.astype(np.float32)
+    if image.layer != "lungs":
+        known = ("image", "lungs", "heart", *FINDINGS)
+        raise ConfigError(f"a phantom has no layer '{image.layer}'" + did_you_mean(image.layer, known))
     return inside.astype(np.float32)
 
 
@@ -296,8 +300,9 @@ def render(config: PhantomConfig, index: int, *, findings: bool = True) -> Array
     if not findings:
         study = study._replace(nodules=(), fluids=())
     integral = _integral(body, study, config.size)
-    patient, number = _table(config.seed, config.count).who(index)
-    rng = np.random.default_rng(np.random.SeedSequence([config.seed, patient, number], spawn_key=(2,)))
+    table = _table(config.seed, config.count)
+    key = [config.seed, table.patient[index], table.study[index]]
+    rng = np.random.default_rng(np.random.SeedSequence(key, spawn_key=(2,)))
     return _detect(integral, study, config, rng)
 
 
@@ -320,7 +325,7 @@ def _tube(image: Array, axis: Array, a: tuple[float, float], b: tuple[float, flo
     length2 = max(ux * ux + uy * uy, 1e-6)
     t = np.clip(dx * (ux / length2) + dy * (uy / length2), 0.0, 1.0)
     radius = r[0] + (r[1] - r[0]) * t
-    drawn = np.maximum(radius, (0.8 * pitch))
+    drawn = np.maximum(radius, 0.8 * pitch)
     far = (dx - t * ux) ** 2 + (dy - t * uy) ** 2
     path = 2.0 * np.sqrt(np.maximum(drawn * drawn - far, 0.0)) * (radius / drawn) ** 2
     part = image[window[0], window[1]]
@@ -364,14 +369,12 @@ def _integral(body: Anatomy, study: Study, size: int) -> Array:
         gx, gv, gr = 0.5 * body.width + study.gas[0], body.domes[1] + 1.3 * study.gas[1], study.gas[1]
         bubble = 1.0 - ((x - gx) / (1.4 * gr)) ** 2 - ((v - gv) / gr) ** 2
         soft -= (1.5 * gr) * np.sqrt(np.maximum(bubble, 0.0))
-    integral = SOFT * np.maximum(soft, 0.0)
-    integral += BONE * _bones(body, study, x, v, outer, flat)
-    spheres = np.zeros_like(integral)
+    soft = np.maximum(soft, 0.0)
     for n in study.nodules:
-        _tube(spheres, _axis(size), (n.x, n.y), (n.x, n.y), (n.radius, n.radius))
-        integral += (SOFT * (1.0 - LUNG) * n.density) * spheres
-        spheres[:] = 0.0
-    return integral
+        sphere = np.zeros((size, size), np.float32)
+        _tube(sphere, _axis(size), (n.x, n.y), (n.x, n.y), (n.radius, n.radius))
+        soft += (1.0 - LUNG) * n.density * sphere
+    return np.asarray(SOFT * soft + BONE * _bones(body, study, x, v, outer, flat), dtype=np.float32)
 
 
 def _soft(body: Anatomy, study: Study, x: Array, v: Array) -> Array:
@@ -391,7 +394,7 @@ def _soft(body: Anatomy, study: Study, x: Array, v: Array) -> Array:
     path = np.maximum(np.maximum(trunk, neck), arms)
     breast_v, breast_r = body.breast
     if breast_r:
-        away = (far - (0.56 * body.width)) ** 2 + (v - breast_v) ** 2
+        away = (far - 0.56 * body.width) ** 2 + (v - breast_v) ** 2
         path += 0.6 * np.maximum(breast_r**2 - away, 0.0) / breast_r
     wind = np.maximum(1.0 - ((x + 2.0) / 8.5) ** 2, 0.0) * ramp(((body.knob[0] + 25.0) - v) / 20.0)
     path -= 22.0 * np.sqrt(wind) * (path > 40.0)
@@ -438,7 +441,7 @@ def _bones(body: Anatomy, study: Study, x: Array, v: Array, outer: Array, flat: 
             (body.width - 14.0, body.apex + 150.0),
         )
         _line(long, study, [(mirror * px, pv) for px, pv in blade], (6.0, 3.0))
-    return np.asarray(bone + 1.0 * long, dtype=np.float32)
+    return np.asarray(bone + long, dtype=np.float32)
 
 
 def _texture(body: Anatomy, study: Study, size: int) -> Array:
@@ -488,13 +491,14 @@ def _detect(integral: Array, study: Study, config: PhantomConfig, rng: np.random
     counts = np.exp(-integral)
     wide = cv2.resize(counts * integral, (24, 24), interpolation=cv2.INTER_AREA)
     wide = cv2.GaussianBlur(wide, (0, 0), 2.5)
-    counts += (0.3 * study.scatter) * cv2.resize(wide, (size, size), interpolation=cv2.INTER_CUBIC)
-    counts = cv2.GaussianBlur(counts, (0, 0), 0.35 + 0.2 * size / 256)
+    counts = counts + 0.3 * study.scatter * cv2.resize(wide, (size, size), interpolation=cv2.INTER_CUBIC)
+    counts = np.asarray(cv2.GaussianBlur(counts, (0, 0), 0.35 + 0.2 * size / 256), dtype=np.float32)
     if config.noise:
         reference = math.exp(-120.0 * SOFT)
         level = config.noise * size / 256 * math.sqrt(reference / study.exposure)
-        counts += level * np.sqrt(counts) * rng.standard_normal((size, size), dtype=np.float32)
-    dark = -np.log(np.maximum(counts, (1e-4)))
+        grain = rng.standard_normal((size, size), dtype=np.float32)
+        counts = np.asarray(counts + level * np.sqrt(counts) * grain, dtype=np.float32)
+    dark = -np.log(np.maximum(counts, 1e-4))
     step = max(size // 96, 1)
     low, high = np.percentile(dark[::step, ::step], (2.5, 99.0))
     floor, ceiling, gamma = study.window

@@ -14,8 +14,10 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Anatomy", "Array", "Fluid", "Nodule", "Study", "chest", "draw_anatomy", "draw_study", "fluid_extent",
-           "fluid_top", "heart_depth", "lung_field", "lung_outline", "place_nodules", "ramp", "to_body", "to_image"]  # fmt: skip
+__all__ = [
+    "FIELD_MM", "Anatomy", "Array", "Fluid", "Nodule", "Study", "chest", "draw_anatomy", "draw_study", "fluid_extent",
+    "fluid_top", "heart_depth", "lung_field", "lung_outline", "ramp", "to_body", "to_image",
+]  # fmt: skip
 
 Array: TypeAlias = NDArray[np.float32]
 FIELD_MM = 400.0  # width and height of the detector
@@ -64,12 +66,13 @@ class Nodule(NamedTuple):
 
 
 class Fluid(NamedTuple):
-    """Pleural fluid of one side (-1 picture left, +1 right): v of its lateral top, medial fall of the meniscus, mm."""
+    """Pleural fluid of one side; lengths in mm of the body frame."""
 
-    side: int
-    top: float
-    fall: float
-    blur: float
+    side: int  # -1 picture left, +1 picture right
+    top: float  # v of the surface at the side
+    fall: float  # how much lower the surface lies at the midline
+    blur: float  # depth over which the fluid thins out at its surface
+    medial: float = 0.0  # distance from the midline at which the surface goes under the dome, for good
 
 
 class Study(NamedTuple):
@@ -171,13 +174,22 @@ def chest(anatomy: Anatomy, study: Study) -> Anatomy:
 
 def _fluid(body: Anatomy, side: int, severity: float, fall: float, blur: float) -> Fluid:
     """Fluid from a blunted angle (severity 0) to about a third of the lung's height (1)."""
-    angle = float(lung_outline(body, np.float32([side * _reach(body, side)]), np.float32([1e3]))[2][0])
-    return Fluid(side, angle - 18.0 - severity**1.2 * (angle - body.apex) / 3.0, fall, blur)
+    angle = _angle(body, side)
+    fluid = Fluid(side, angle - 18.0 - severity**1.2 * (angle - body.apex) / 3.0, fall, blur)
+    x = side * (body.inner + (_reach(body, side) - body.inner) * (0.97 - 0.97 * _LATTICE_X))  # from the side inwards
+    hidden = fluid_top(body, fluid, x) > lung_outline(body, x, x)[2]
+    return fluid._replace(medial=abs(float(x[0, int(np.argmax(hidden))])) if hidden.any() else 0.0)
 
 
 def _reach(body: Anatomy, side: int) -> float:
     """Half-width of the thorax on one side, mm."""
     return body.width * (1.0 + body.lean * side)
+
+
+def _angle(body: Anatomy, side: int) -> float:
+    """v of the costophrenic angle: where the dome meets the side (see `lung_outline`)."""
+    middle = 0.46 * body.width
+    return body.domes[side > 0] + body.dome_fall * ((_reach(body, side) - middle) / (body.width - middle)) ** 2
 
 
 def ramp(t: Array) -> Array:
@@ -228,9 +240,10 @@ def lung_field(body: Anatomy, x: Array, v: Array) -> NDArray[np.bool_]:
 
 def fluid_top(body: Anatomy, fluid: Fluid, x: Array) -> Array:
     """v of the fluid's surface: lowest at the midline, climbing to ``fluid.top`` at the side (the meniscus)."""
-    t = np.minimum(np.maximum((np.abs(x) - body.inner) / (0.97 * _reach(body, fluid.side) - body.inner), 0.0), 1.0)
-    top = fluid.top + fluid.fall * (1.0 - t * t * t)
-    return np.where(np.sign(x) == fluid.side, top, np.float32(1e4)).astype(np.float32)
+    far = np.abs(x)
+    t = np.minimum(np.maximum((far - body.inner) / (0.97 * _reach(body, fluid.side) - body.inner), 0.0), 1.0)
+    top = fluid.top + fluid.fall * (1.0 - t * t * t) + 4.0 * np.maximum(fluid.medial - far, 0.0)
+    return np.asarray(np.where(np.sign(x) == fluid.side, top, np.float32(1e4)), dtype=np.float32)
 
 
 def to_image(study: Study, x: Array, v: Array) -> tuple[Array, Array]:
@@ -278,11 +291,9 @@ def fluid_extent(body: Anatomy, study: Study, fluid: Fluid) -> tuple[float, floa
     """Left, top, right, bottom of the visible fluid in the image frame (mm), from a 48 x 32 lattice of points."""
     reach = _reach(body, fluid.side)
     xs = fluid.side * (body.inner + (reach - body.inner) * _LATTICE_X)
-    bottom = float(lung_outline(body, xs[:, -1], np.float32([1e3]))[2][0])
+    bottom = _angle(body, fluid.side)
     vs = fluid.top + (bottom - fluid.top) * _LATTICE_V
     at_v, at_x = np.nonzero(lung_field(body, xs, vs) & (vs > fluid_top(body, fluid, xs)))
     px, py = to_image(study, xs[0, at_x], vs[at_v, 0])
-    half_x, half_y = study.zoom * (reach - body.inner) / 94.0, study.zoom * (bottom - fluid.top) / 62.0
-    return (
-        float(px.min()) - half_x, float(py.min()) - half_y, float(px.max()) + half_x, float(py.max()) + half_y,
-    )  # fmt: skip
+    grow_x, grow_y = study.zoom * (reach - body.inner) / 47.0, study.zoom * (bottom - fluid.top) / 31.0  # one step
+    return float(px.min()) - grow_x, float(py.min()) - grow_y, float(px.max()) + grow_x, float(py.max()) + grow_y

@@ -1,0 +1,157 @@
+"""Settings: frozen dataclasses to command line and YAML, and back. One default in one place, the dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+
+from otcxr.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from jsonargparse import ArgumentParser, Namespace
+
+__all__ = ["add_settings", "digest", "flatten", "make_parser", "parse", "peek", "read_settings", "to_plain"]
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+def make_parser(command: str, text: str) -> ArgumentParser:
+    """Make the parser of a subcommand: ``--config`` files, ``--a.b value`` overrides, ``--print_config``."""
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(prog=f"otcxr {command}", description=text, exit_on_error=False, allow_abbrev=False)
+
+
+def add_settings(parser: ArgumentParser, prefix: str, default: DataclassInstance, title: str = "") -> None:
+    """Add one option ``--prefix.field`` for every field of a settings dataclass.
+
+    Defaults are those of the instance given, or of the class where a field is required; help is the field's entry
+    under "Attributes" of the class's docstring.
+    """
+    from docstring_parser import parse as parse_docstring
+
+    cls = default if isinstance(default, type) else type(default)
+    document = parse_docstring(inspect.cleandoc(cls.__doc__ or ""))
+    about = {name: p.description or "" for p in document.params for name in p.arg_name.replace(" ", "").split(",")}
+    hints = typing.get_type_hints(cls)
+    group = parser.add_argument_group(title or prefix or cls.__name__, document.short_description or "")
+    for field in dataclasses.fields(cls):
+        option = f"--{prefix}.{field.name}" if prefix else f"--{field.name}"
+        text = " ".join(about.get(field.name, "").split()).replace("%", "%%")
+        if isinstance(default, type) and field.default is dataclasses.MISSING:
+            group.add_argument(option, type=hints[field.name], help=text, required=True)
+        else:
+            value = field.default if isinstance(default, type) else getattr(default, field.name)
+            group.add_argument(option, type=hints[field.name], default=value, help=text)
+
+
+def peek(arguments: Sequence[str], option: str, default: str) -> str:
+    """Find the value that ``option`` (dotted) will have, from overrides or ``--config`` files, before parsing.
+
+    Needed where one setting decides which others exist (the method and its settings).
+    """
+    value = default
+    words = list(arguments)
+    for at, word in enumerate(words):
+        name, equals, inline = word.partition("=")
+        given = inline if equals else (words[at + 1] if at + 1 < len(words) else "")
+        if name == "--config" and given:
+            found = flatten(_read_yaml(given)).get(option)
+            value = value if found is None else str(found)
+        elif name == f"--{option}":
+            value = given
+    return value
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Parse, and turn every mistake into one line that names the fix.
+
+    Raises: ConfigError: unknown setting (with the nearest known one), missing one, value of a wrong type.
+    """
+    import argparse
+
+    known = {action.dest for action in parser._actions} - {"help"}
+    words = list(arguments)
+    for at, word in enumerate(words):
+        if word.startswith("--"):
+            name, equals, inline = word[2:].partition("=")
+            _check_known(name, known)
+            if name == "config":
+                given = inline if equals else (words[at + 1] if at + 1 < len(words) else "")
+                for key in flatten(_read_yaml(given)):
+                    _check_known(key, known, f" in {given}")
+    try:
+        return parser.parse_args(words)
+    except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError(_one_line(str(error))) from error
+
+
+def _check_known(name: str, known: set[str], where: str = "") -> None:
+    if name in known or name in ("help", "h", "print_config", "version"):
+        return
+    group, dot, field = name.rpartition(".")
+    peers = {k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == group} if dot else known
+    raise ConfigError(f"unknown setting {name}{where}{did_you_mean(field or name, peers or known)}")
+
+
+def _one_line(message: str) -> str:
+    text = " ".join(message.split()).rstrip(":")
+    return text.replace('Parser key "', 'setting "').replace("<class '", "").replace("'>", "")
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"settings file {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"settings file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"settings file {path} must hold 'name: value' lines, found {type(content).__name__}")
+    return content
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def read_settings(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Build a settings dataclass from plain values; lists become tuples. Unknown names are a ConfigError."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in names:
+            raise ConfigError(f"unknown setting {name}{did_you_mean(name, names)}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths to what YAML and JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def digest(value: Any) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a plain value."""
+    return hashlib.sha256(json.dumps(to_plain(value), sort_keys=True).encode()).hexdigest()[:16]

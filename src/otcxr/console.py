@@ -1,0 +1,74 @@
+"""Progress on the terminal. The library reports to a ``Progress``; only the command line shows one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+__all__ = ["Bar", "Progress", "RichProgress", "SilentProgress"]
+
+
+class Bar(Protocol):
+    """One task under way."""
+
+    def __call__(self, done: int, text: str = "") -> None: ...
+
+
+class Progress(Protocol):
+    """Where long work reports to."""
+
+    def bar(self, title: str, total: int, unit: str) -> AbstractContextManager[Bar]:
+        """Show a task of ``total`` units; the bar is called with the units done so far and a short text."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        ...
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    @contextmanager
+    def bar(self, title: str, total: int, unit: str) -> Iterator[Bar]:
+        def nothing(done: int, text: str = "") -> None:
+            return
+
+        yield nothing
+
+    def say(self, text: str) -> None:
+        return
+
+
+class RichProgress:
+    """Bars with rate and time left on a terminal; in a log file one line at the end of each task."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, title: str, total: int, unit: str) -> Iterator[Bar]:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Columns
+
+        columns = Columns(
+            TextColumn("{task.description:<22}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False), TextColumn("{task.fields[text]}"),
+            console=self.console, refresh_per_second=4,
+        )  # fmt: skip
+        with columns as shown:
+            task = shown.add_task(title, total=total, rate="", text="")
+
+            def advance(done: int, text: str = "") -> None:
+                speed = shown.tasks[task].speed or shown.tasks[task].finished_speed
+                rate = f"{speed:,.0f} {unit}/s" if speed else ""
+                shown.update(task, completed=done, text=text, rate=rate)
+
+            yield advance
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)

@@ -1,0 +1,174 @@
+"""The folder of a run: the only channel between training, evaluation, explanation and report.
+
+    config.yaml  environment.json  skipped.csv  metrics.jsonl  last.ckpt
+    encoder.safetensors  encoder.json  method.safetensors  pairs/*.npz
+    evaluation/*.json *.csv *.npz   explain/*.png index.json   report.html
+
+Every file is written under a temporary name and renamed, so a reader never sees half of one. ``metrics.jsonl`` alone
+is appended to; a last line that was cut is dropped when it is read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from otcxr.errors import CheckpointError, DataError
+from otcxr.version import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from otcxr.nn.encoder import Encoder
+
+__all__ = ["Run", "describe_environment", "write_atomic"]
+
+_PACKAGES = ("torch", "numpy", "opencv-python-headless", "scikit-learn", "lightning-fabric", "captum", "pydicom")
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file so that it is either the old one or the whole new one, also when the machine stops."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Machine, versions and date: what a number needs to be believed."""
+    import torch
+
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    return {
+        "otcxr": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+class Run:
+    """One run's folder.
+
+    Args:
+        path: The folder; it need not exist yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Open a run that exists.
+
+        Raises: DataError: there is no run in this folder.
+        """
+        run = cls(path)
+        if not (run.path / "config.yaml").is_file():
+            raise DataError(f"{path} holds no run (no config.yaml); expected the --out folder of 'otcxr pretrain'")
+        return run
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    # --- settings and facts ---
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+
+    def read_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = yaml.safe_load((self.path / "config.yaml").read_text())
+        return config
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write JSON; NaN is refused, because JSON has none."""
+        write_atomic(self.path / name, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Read JSON; None where the file does not exist."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    # --- metrics ---
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        path = self.path / "metrics.jsonl"
+        lines = []
+        for text in path.read_text().splitlines() if path.is_file() else ():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:  # only a line cut by a kill; the steps after it are done again on resume
+                break
+        return lines
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines of steps after ``step``: they will be done again."""
+        kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+        write_atomic(self.path / "metrics.jsonl", "".join(kept))
+
+    # --- weights ---
+    def write_checkpoint(self, state: Mapping[str, Any]) -> None:
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        write_atomic(self.path / "last.ckpt", buffer.getvalue())
+
+    def read_checkpoint(self) -> dict[str, Any] | None:
+        """Return the last checkpoint, None where there is none yet.
+
+        Raises: CheckpointError: the file is damaged.
+        """
+        import torch
+
+        path = self.path / "last.ckpt"
+        if not path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises several types for a damaged file
+            raise CheckpointError(f"{path} is damaged ({_first_line(error)}); remove it to start again") from error
+        return state
+
+    def write_weights(self, method: nn.Module, encoder: Encoder, facts: Mapping[str, Any]) -> None:
+        """Write the plain encoder, its description, and the whole method (for pairs of new images)."""
+        from safetensors.torch import save
+
+        from otcxr.nn.encoder import describe
+
+        def plain(module: nn.Module) -> dict[str, Any]:
+            return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+
+        write_atomic(self.path / "encoder.safetensors", save(plain(encoder)))
+        self.write_json("encoder.json", {**describe(encoder), **facts})
+        write_atomic(self.path / "method.safetensors", save(plain(method)))
+
+    # --- arrays ---
+    def write_arrays(self, name: str, arrays: Mapping[str, Any]) -> None:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **dict(arrays))
+        write_atomic(self.path / name, buffer.getvalue())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:120]

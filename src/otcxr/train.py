@@ -1,0 +1,393 @@
+"""Pre-training: settings, the composition of a run, and the loop on Fabric."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch.utils.data import DataLoader
+
+from otcxr.config import digest, flatten, read_settings, to_plain
+from otcxr.console import Bar, Progress, SilentProgress
+from otcxr.data.dataset import DataConfig, EpochBatches, PixelCache, ViewDataset, check_records, write_skipped
+from otcxr.data.records import Collection, Record
+from otcxr.data.sources import open_collection
+from otcxr.data.views import ViewsConfig, collate_views
+from otcxr.errors import CheckpointError, ConfigError, OtcxrError, did_you_mean
+from otcxr.health import observe, verdict
+from otcxr.methods import METHODS, SSLMethod
+from otcxr.nn.encoder import build_encoder, load_state
+from otcxr.optim import adamw, cosine_schedule
+from otcxr.probes import choose_probes, write_pairs
+from otcxr.runs import Run, describe_environment
+
+__all__ = [
+    "EncoderConfig",
+    "Interrupted",
+    "PretrainConfig",
+    "TrainConfig",
+    "build_method",
+    "config_from_plain",
+    "config_to_plain",
+    "pretrain",
+]
+
+# Settings that may change between a run and its continuation: they do not decide any number.
+_FREE = {"out", "resume", "data.workers", "data.cache_gb", "train.accelerator", "train.log_every"}
+
+
+class Interrupted(OtcxrError):
+    """The run was stopped on request and can go on with ``resume``."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The network that is trained.
+
+    Attributes:
+        name: resnet18, resnet34 or resnet50.
+        width: Channels of the stem; 64 is the published network, 16 suits a CPU.
+        stride: Pixels per position of the last map, 16 or 32; null chooses 16 for views up to 128 px, else 32.
+    """
+
+    name: str = "resnet18"
+    width: int = 64
+    stride: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is trained: AdamW, linear warm-up, half a cosine to 0, clipped gradients.
+
+    Attributes:
+        epochs: Passes over the images.
+        batch_size: Images a step.
+        learning_rate: Peak of the schedule.
+        weight_decay: Of weights; biases and norms are not decayed.
+        warmup: Share of all steps in which the rate rises.
+        clip: Largest norm of the gradient.
+        precision: Of Fabric: 32-true, bf16-mixed, 16-mixed or 64-true.
+        accelerator: auto, cpu or cuda.
+        log_every: Steps between two lines of metrics.jsonl.
+        health_every: Steps between two looks at the health of the run.
+        probes: Radiographs whose pair of views is stored with masses, cost and plan.
+    """
+
+    epochs: int = 100
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    clip: float = 1.0
+    precision: str = "32-true"
+    accelerator: str = "auto"
+    log_every: int = 10
+    health_every: int = 50
+    probes: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "log_every", "health_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be at least 1, received {getattr(self, name)}")
+        if self.batch_size < 2:
+            raise ConfigError("train.batch_size must be at least 2: variance and contrast need another image")
+        if self.learning_rate <= 0 or self.clip <= 0 or not 0 <= self.warmup < 1:
+            raise ConfigError("train.learning_rate and train.clip must be > 0 and train.warmup in [0, 1), received "
+                              f"{self.learning_rate}, {self.clip}, {self.warmup}")  # fmt: skip
+        if self.accelerator not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"train.accelerator must be auto, cpu or cuda, received '{self.accelerator}'")
+        if self.precision not in ("32-true", "bf16-mixed", "16-mixed", "64-true"):
+            raise ConfigError(f"train.precision must be 32-true, bf16-mixed, 16-mixed or 64-true, received "
+                              f"'{self.precision}'")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that decides a pre-training run.
+
+    Attributes:
+        data: Where radiographs come from.
+        method: Name in the table of methods.
+        settings: The method's settings; None takes those of the table.
+        views: How views are drawn.
+        encoder: The network.
+        train: The training.
+        seed: One seed for weights, order and views.
+        out: Folder of the run; empty: runs/METHOD.
+        resume: Go on from the last checkpoint in ``out``; starts from the beginning where there is none.
+    """
+
+    data: DataConfig
+    method: str = "otcxr"
+    settings: Any = None
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+    out: str = ""
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"unknown method '{self.method}'{did_you_mean(self.method, METHODS)}")
+        known = METHODS[self.method].settings
+        if self.settings is None:
+            object.__setattr__(self, "settings", known)
+        elif not isinstance(self.settings, type(known)):
+            raise ConfigError(f"method '{self.method}' needs settings of type {type(known).__name__}, "
+                              f"received {type(self.settings).__name__}")  # fmt: skip
+        if self.encoder.stride is None:
+            stride = 16 if self.views.size <= 128 else 32
+            object.__setattr__(self, "encoder", replace(self.encoder, stride=stride))
+        if not self.out:
+            object.__setattr__(self, "out", f"runs/{self.method}")
+
+
+def config_to_plain(config: PretrainConfig) -> dict[str, Any]:
+    """The settings as ``config.yaml`` holds them; ``config_from_plain`` is the inverse."""
+    plain: dict[str, Any] = to_plain(config)
+    return {
+        "data": plain["data"],
+        "method": {"name": plain["method"], **plain["settings"]},
+        **{name: plain[name] for name in ("views", "encoder", "train", "seed", "out", "resume")},
+    }
+
+
+def config_from_plain(plain: Mapping[str, Any]) -> PretrainConfig:
+    """Build the settings from ``config.yaml`` or from parsed arguments.
+
+    Raises: ConfigError: an unknown name or an impossible value.
+    """
+    method = dict(plain.get("method", {}))
+    name = str(method.pop("name", "otcxr"))
+    if name not in METHODS:
+        raise ConfigError(f"unknown method '{name}'{did_you_mean(name, METHODS)}")
+    known = METHODS[name].settings
+    return PretrainConfig(
+        data=read_settings(DataConfig, plain["data"]),
+        method=name,
+        settings=read_settings(type(known), {**to_plain(known), **method}),
+        views=read_settings(ViewsConfig, plain.get("views", {})),
+        encoder=read_settings(EncoderConfig, plain.get("encoder", {})),
+        train=read_settings(TrainConfig, plain.get("train", {})),
+        seed=int(plain.get("seed", 0)),
+        out=str(plain.get("out", "")),
+        resume=bool(plain.get("resume", False)),
+    )
+
+
+def build_method(config: PretrainConfig) -> SSLMethod:
+    """Build method and encoder with initial weights that depend on the seed only, not on the global random state.
+
+    All methods of one seed start from the same encoder.
+    """
+    encoder = build_encoder(
+        config.encoder.name, width=config.encoder.width, stride=config.encoder.stride or 32, seed=config.seed
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + 1)
+        return METHODS[config.method].build(encoder, config.settings)
+
+
+def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Run:
+    """Pre-train an encoder and leave a run folder.
+
+    Args:
+        config: The settings.
+        progress: Where to show progress; None shows nothing.
+    Returns: The finished run.
+    Raises:
+        ConfigError: settings that contradict each other, the machine, or the run that is continued.
+        DataError: the source cannot be read, or too much of it is broken.
+        CheckpointError: the checkpoint is damaged or belongs to another network.
+        Interrupted: stopped by Ctrl-C or SIGTERM; the run can go on.
+    """
+    progress = progress or SilentProgress()
+    fabric = _fabric(config.train)
+    run, checkpoint = _open_run(config)
+    collection = open_collection(config.data.source)
+    has_split = any(record.split for record in collection.records)
+    training = collection.split(config.data.split) if has_split else collection
+    cache = PixelCache(config.data.cache_gb)
+    with progress.bar("reading images", len(training.records), "images") as bar:
+        usable, skipped = check_records(training, cache, config.data.max_skipped, bar)
+    if skipped:
+        progress.say(f"skipped {len(skipped)} images, listed in {run.path / 'skipped.csv'}")
+    if len(usable) < config.train.batch_size:
+        raise ConfigError(
+            f"{config.data.source} has {len(usable)} usable images in this split, fewer than train.batch_size = "
+            f"{config.train.batch_size}; set train.batch_size to at most {len(usable)}"
+        )
+    method = build_method(config)
+    if checkpoint is not None:
+        load_state(method, checkpoint["method"], str(run.path / "last.ckpt"))
+    write_skipped(_made(run).path / "skipped.csv", skipped)
+    plain = config_to_plain(config)
+    run.write_config(plain)
+    facts = {"config_digest": _identity(plain), "data_digest": digest([r.name for r in training.records]),
+             "images": len(usable), "input_size": config.views.size, "source": config.data.source}  # fmt: skip
+    run.write_json("environment.json", {**describe_environment(), **facts, "device": str(fabric.device)})
+    probes = choose_probes(collection, training, config.train.probes, config.seed)
+    fit(fabric, config, method, training.records, usable, cache, run, checkpoint, facts, probes, progress)
+    return run
+
+
+def fit(
+    fabric: Fabric,
+    config: PretrainConfig,
+    method: SSLMethod,
+    records: Sequence[Record],
+    usable: Sequence[int],
+    cache: PixelCache,
+    run: Run,
+    checkpoint: Mapping[str, Any] | None,
+    facts: Mapping[str, Any],
+    probes: Collection,
+    progress: Progress,
+) -> None:
+    """The training loop: from the checkpoint, or from the start, to the last epoch."""
+    train = config.train
+    sampler = EpochBatches(usable, train.batch_size, config.seed)
+    dataset = ViewDataset(records, config.views, config.seed, cache)
+    loader = DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate_views, num_workers=config.data.workers,
+        pin_memory=fabric.device.type == "cuda",
+    )  # fmt: skip
+    steps, total = len(sampler), len(sampler) * train.epochs
+    warmup = round(train.warmup * total)
+    optimizer = adamw(method, train.learning_rate, train.weight_decay)
+    step, elapsed = 0, 0.0
+    module, optimizer = fabric.setup(method, optimizer)
+    if checkpoint is not None:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, elapsed = int(checkpoint["step"]), float(checkpoint["elapsed_s"])
+    run.cut_metrics(step)
+    if step >= total:
+        progress.say(f"{run.path} has finished all {train.epochs} epochs already")
+        return
+
+    def save() -> None:
+        state = {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                 "elapsed_s": elapsed, "config_digest": facts["config_digest"]}  # fmt: skip
+        run.write_weights(method, method.encoder, {**facts, "step": step, "epochs": step / steps})
+        write_pairs(run, method, probes, config.views, config.seed, fabric.device)
+        run.write_checkpoint(state)
+
+    method.train()
+    with _stop_request() as stop, progress.bar("pre-training", total * train.batch_size, "images") as bar:
+        while step < total:
+            sampler.epoch, sampler.first = divmod(step, steps)
+            for batch in loader:
+                started = time.perf_counter()
+                batch = fabric.to_device(batch)
+                rate = train.learning_rate * cosine_schedule(step, warmup, total)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                last = step + 1 == total
+                look = step % train.health_every == 0 or last
+                output = module(batch, observe=look)
+                loss = float(output.loss.detach())
+                if not math.isfinite(loss):
+                    raise OtcxrError(
+                        f"the loss is {loss} at step {step + 1}; {run.path / 'last.ckpt'} holds the last good state. "
+                        "Lower train.learning_rate or train.clip, or use train.precision 32-true"
+                    )
+                optimizer.zero_grad()
+                fabric.backward(output.loss)
+                norm = fabric.clip_gradients(module, optimizer, max_norm=train.clip, error_if_nonfinite=False)
+                optimizer.step()
+                step += 1
+                method.after_step(step / total)
+                spent = time.perf_counter() - started
+                elapsed += spent
+                if look or step % train.log_every == 0:
+                    line: dict[str, Any] = {
+                        "step": step, "epoch": round(step / steps, 4), "loss": loss,
+                        **{name: float(term) for name, term in output.terms.items()},
+                        "gradient_norm": float(norm) if norm is not None else None, "learning_rate": rate,
+                        "images_per_s": round(train.batch_size / spent, 1), "elapsed_s": round(elapsed, 2),
+                    }  # fmt: skip
+                    if output.observed is not None:
+                        line["health"] = observe(output.observed, batch)
+                    run.append_metrics(line)
+                bar(step * train.batch_size, f"loss {loss:.3f}")
+                if stop.is_set():
+                    save()
+                    raise Interrupted(
+                        f"stopped after step {step} of {total}; go on with --resume true --out {run.path}"
+                    )
+            save()
+    progress.say(verdict(run.read_metrics()).text)
+
+
+def _fabric(train: TrainConfig) -> Fabric:
+    if train.accelerator == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.accelerator is cuda but this machine has no usable GPU; use cpu or auto")
+    accelerator = train.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    precision: Any = train.precision
+    return Fabric(accelerator=accelerator, devices=1, precision=precision)
+
+
+def _made(run: Run) -> Run:
+    run.path.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def _identity(plain: Mapping[str, Any]) -> str:
+    """Digest of the settings that decide the numbers."""
+    return digest({k: v for k, v in flatten(plain).items() if k not in _FREE})
+
+
+def _open_run(config: PretrainConfig) -> tuple[Run, dict[str, Any] | None]:
+    """Open the folder: new, or with the checkpoint to go on from.
+
+    Raises: ConfigError: the folder holds a run and resume was not asked for, or its settings differ.
+    """
+    run = Run(config.out)
+    if run.path.exists() and not run.path.is_dir():
+        raise ConfigError(f"{run.path} is a file; --out needs a folder")
+    if not (run.path / "config.yaml").is_file():
+        return run, None
+    if not config.resume:
+        raise ConfigError(f"{run.path} already holds a run; go on with --resume true, or choose another --out")
+    old, new = flatten(run.read_config()), flatten(config_to_plain(config))
+    for name in [*new, *old]:
+        if name not in _FREE and old.get(name) != new.get(name):
+            kind = CheckpointError if name.startswith(("encoder.", "method.")) else ConfigError
+            raise kind(
+                f"{run.path} was trained with {name} = {old.get(name)}, now it is {new.get(name)}; "
+                f"resume with the saved settings (--config {run.path / 'config.yaml'}) or choose another --out"
+            )
+    return run, run.read_checkpoint()
+
+
+@contextmanager
+def _stop_request() -> Iterator[threading.Event]:
+    """Turn Ctrl-C and SIGTERM into a request that is honoured after the step; a second Ctrl-C stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
