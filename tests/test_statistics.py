@@ -358,13 +358,13 @@ def test_paired_comparison_keeps_its_level_and_sees_what_single_intervals_miss()
         for better in found:
             a, b = scores + noise[0] + better * labels, scores + noise[1]
             result = compare_scores(
-                labels[:, None], a[:, None], b[:, None], patients, ["X"], resamples=100, seed=repeat
+                labels[:, None], a[:, None], b[:, None], patients, ["X"], resamples=300, seed=repeat
             )
             row = result.findings[0].auroc
             found[better] += row.difference.excludes_zero
             overlap += better > 0 and row.b.high > row.a.low
     # Nominal 5 % under no difference; 200 repeats have a standard error of 1.5 percentage points.
-    assert found[0.0] / repeats < 0.11
+    assert 0.01 <= found[0.0] / repeats < 0.1
     assert found[0.25] / repeats > 0.8
     assert overlap / repeats > 0.8
 

@@ -21,7 +21,7 @@ __all__ = [
 
 Array: TypeAlias = NDArray[np.float32]
 FIELD_MM = 400.0  # width and height of the detector
-_LATTICE_X = np.linspace(0.0, 1.0, 48, dtype=np.float32)[None, :]
+_LATTICE_X = np.linspace(0.0, 0.999, 48, dtype=np.float32)[None, :]
 _LATTICE_V = np.linspace(0.0, 1.0, 32, dtype=np.float32)[:, None]
 
 
@@ -176,8 +176,8 @@ def _fluid(body: Anatomy, side: int, severity: float, fall: float, blur: float) 
     """Fluid from a blunted angle (severity 0) to about a third of the lung's height (1)."""
     angle = _angle(body, side)
     fluid = Fluid(side, angle - 18.0 - severity**1.2 * (angle - body.apex) / 3.0, fall, blur)
-    x = side * (body.inner + (_reach(body, side) - body.inner) * (0.97 - 0.97 * _LATTICE_X))  # from the side inwards
-    hidden = fluid_top(body, fluid, x) > lung_outline(body, x, x)[2]
+    x = side * (body.inner + (_reach(body, side) - body.inner) * 0.97 * (1.0 - _LATTICE_X))  # from the side inwards
+    hidden = fluid_top(body, fluid, x) > lung_outline(body, x, x)[2] - 5.0  # a thinner layer is cut off too
     return fluid._replace(medial=abs(float(x[0, int(np.argmax(hidden))])) if hidden.any() else 0.0)
 
 
@@ -211,10 +211,9 @@ def lung_outline(body: Anatomy, x: Array, v: Array) -> tuple[Array, Array, Array
     inner = body.inner * (1.0 + 0.35 * s2 * s2 + 0.32 / (1.0 + hilum * hilum))
     middle = 0.46 * body.width
     away = np.abs(x) - middle
-    dome = np.where(x < 0, np.float32(body.domes[0]), np.float32(body.domes[1])) + away * away * np.where(
-        away > 0, np.float32(body.dome_fall / (body.width - middle) ** 2), np.float32(16.0 / middle**2)
-    )
-    return outer, inner, dome, s
+    fall = np.where(away > 0, np.float32(body.dome_fall / (body.width - middle) ** 2), np.float32(16.0 / middle**2))
+    dome = np.where(x < 0, np.float32(body.domes[0]), np.float32(body.domes[1])) + away * away * fall
+    return outer, inner, np.asarray(dome, dtype=np.float32), s
 
 
 def heart_depth(body: Anatomy, x: Array, v: Array) -> Array:
@@ -249,14 +248,15 @@ def fluid_top(body: Anatomy, fluid: Fluid, x: Array) -> Array:
 def to_image(study: Study, x: Array, v: Array) -> tuple[Array, Array]:
     """Body frame to image frame: rotate, magnify, shift (mm)."""
     c, s = study.zoom * math.cos(study.angle), study.zoom * math.sin(study.angle)
-    return c * x - s * v + study.shift[0], s * x + c * v + study.shift[1]
+    px, py = c * x - s * v + study.shift[0], s * x + c * v + study.shift[1]
+    return np.asarray(px, dtype=np.float32), np.asarray(py, dtype=np.float32)
 
 
 def to_body(study: Study, x: Array, y: Array) -> tuple[Array, Array]:
     """Image frame to body frame, the inverse of `to_image` (mm)."""
     c, s = math.cos(study.angle) / study.zoom, math.sin(study.angle) / study.zoom
-    x, y = x - study.shift[0], y - study.shift[1]
-    return c * x + s * y, c * y - s * x
+    x, y = x - np.float32(study.shift[0]), y - np.float32(study.shift[1])
+    return np.asarray(c * x + s * y, dtype=np.float32), np.asarray(c * y - s * x, dtype=np.float32)
 
 
 def place_nodules(body: Anatomy, study: Study, rng: np.random.Generator) -> tuple[Nodule, ...]:
@@ -295,5 +295,5 @@ def fluid_extent(body: Anatomy, study: Study, fluid: Fluid) -> tuple[float, floa
     vs = fluid.top + (bottom - fluid.top) * _LATTICE_V
     at_v, at_x = np.nonzero(lung_field(body, xs, vs) & (vs > fluid_top(body, fluid, xs)))
     px, py = to_image(study, xs[0, at_x], vs[at_v, 0])
-    grow_x, grow_y = study.zoom * (reach - body.inner) / 47.0, study.zoom * (bottom - fluid.top) / 31.0  # one step
+    grow_x, grow_y = study.zoom * (reach - body.inner) / 47.0, 1.2 * study.zoom * (bottom - fluid.top) / 31.0
     return float(px.min()) - grow_x, float(py.min()) - grow_y, float(px.max()) + grow_x, float(py.max()) + grow_y
