@@ -218,6 +218,8 @@ def test_patients_stay_within_a_split(many):
     assert set(counts) == {1, 2, 3, 4}
     assert np.mean(np.array(counts) > 1) > 0.4
     assert len({record.study for record in many}) == len(many)
+    visits = {name: [len(s) for p, s in studies.items() if splits[p] == {name}] for name in share}
+    assert np.mean(visits["train"]) == pytest.approx(np.mean(visits["test"]), abs=0.3)
     collection = read_phantom("300,seed=1")
     assert sum(len(collection.split(name).records) for name in ("train", "val", "test")) == 300
 
@@ -234,9 +236,10 @@ def test_anatomy_stays_with_the_patient():
     for i in range(60):
         for j in range(i):
             a, b = centred(lungs[i]), centred(lungs[j])
-            overlap[records[i].patient == records[j].patient].append((a & b).sum() / (a | b).sum())
+            if records[i].sex == records[j].sex:  # women are drawn smaller: that must not be what tells patients apart
+                overlap[records[i].patient == records[j].patient].append((a & b).sum() / (a | b).sum())
     assert len(overlap[True]) > 20
-    assert np.mean(overlap[True]) > np.mean(overlap[False]) + 0.02
+    assert np.mean(overlap[True]) > np.mean(overlap[False]) + 0.04
     assert max(overlap[True]) < 1  # pose and breathing differ
 
 
@@ -285,7 +288,7 @@ def test_ap_magnifies_the_heart():
     for record in read_phantom("150,seed=13,size=64").records:
         area[record.view].append(float(pixels(record.masks["heart"]).mean() / pixels(record.masks["lungs"]).mean()))
     assert set(area) == {"AP", "PA"}
-    assert np.mean(area["AP"]) > 1.1 * np.mean(area["PA"])
+    assert np.mean(area["AP"]) > 1.3 * np.mean(area["PA"])
 
 
 def test_parse_reads_the_settings():

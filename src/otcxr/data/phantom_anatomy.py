@@ -241,7 +241,7 @@ def fluid_top(body: Anatomy, fluid: Fluid, x: Array) -> Array:
     """v of the fluid's surface: lowest at the midline, climbing to ``fluid.top`` at the side (the meniscus)."""
     far = np.abs(x)
     t = np.minimum(np.maximum((far - body.inner) / (0.97 * _reach(body, fluid.side) - body.inner), 0.0), 1.0)
-    top = fluid.top + fluid.fall * (1.0 - t * t * t) + 4.0 * np.maximum(fluid.medial - far, 0.0)
+    top = fluid.top + fluid.fall * (1.0 - t * t * t) + 1.2 * np.maximum(fluid.medial - far, 0.0)
     return np.asarray(np.where(np.sign(x) == fluid.side, top, np.float32(1e4)), dtype=np.float32)
 
 
@@ -295,5 +295,6 @@ def fluid_extent(body: Anatomy, study: Study, fluid: Fluid) -> tuple[float, floa
     vs = fluid.top + (bottom - fluid.top) * _LATTICE_V
     at_v, at_x = np.nonzero(lung_field(body, xs, vs) & (vs > fluid_top(body, fluid, xs)))
     px, py = to_image(study, xs[0, at_x], vs[at_v, 0])
-    grow_x, grow_y = study.zoom * (reach - body.inner) / 47.0, 1.2 * study.zoom * (bottom - fluid.top) / 31.0
+    step_x, step_y = (reach - body.inner) / 47.0, (bottom - fluid.top) / 31.0
+    grow_x, grow_y = 1.3 * study.zoom * step_x, 1.3 * study.zoom * step_y  # sharp corners lie between the points
     return float(px.min()) - grow_x, float(py.min()) - grow_y, float(px.max()) + grow_x, float(py.max()) + grow_y

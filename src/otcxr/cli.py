@@ -1,0 +1,73 @@
+"""The command line. A static table of subcommands, so ``--help`` and ``--version`` load nothing heavy."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from otcxr.errors import ConfigError, OtcxrError, did_you_mean
+from otcxr.version import __version__
+
+__all__ = ["COMMANDS", "main"]
+
+# name -> (function in otcxr.commands, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "phantoms to report in minutes: the whole path on two CPU cores"),
+    "pretrain": ("pretrain", "learn an encoder from radiographs without labels"),
+    "evaluate": ("evaluate", "judge a run's encoder on labelled radiographs, with intervals"),
+    "explain": ("explain", "draw transport plans and heat maps of a run"),
+    "report": ("report", "gather a run into one offline HTML page"),
+    "data inspect": ("data_inspect", "count what a source holds and list what cannot be read"),
+}
+
+_USAGE = """usage: otcxr COMMAND [settings]
+
+Learn from chest radiographs without labels, by optimal transport between dense views.
+
+commands:
+{commands}
+
+options:
+  --help      this text, or the settings of a command: otcxr COMMAND --help
+  --version   the version
+
+Settings are --group.name VALUE, from YAML with --config FILE; --print_config shows the result.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Mistakes are one line on standard error and exit code 1; 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(_usage())  # noqa: T201
+        return 0
+    if words[0] == "--version":
+        print(f"otcxr {__version__}")  # noqa: T201
+        return 0
+    try:
+        name = " ".join(words[:2]) if words[0] == "data" else words[0]
+        if name not in COMMANDS:
+            raise ConfigError(f"unknown command '{name}'{did_you_mean(name, COMMANDS)}")
+        # Threads that spin while they wait starve each other when another process is busy (loader workers, other
+        # users); passive waiting costs little on an idle machine. Must be set before torch loads.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        commands = importlib.import_module("otcxr.commands")
+        status: int = getattr(commands, COMMANDS[name][0])(words[len(name.split()) :])
+        return status
+    except OtcxrError as error:
+        print(f"otcxr: {error}", file=sys.stderr)  # noqa: T201
+        return 130 if type(error).__name__ == "Interrupted" else 1
+    except KeyboardInterrupt:
+        print("otcxr: stopped", file=sys.stderr)  # noqa: T201
+        return 130
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    return _USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
