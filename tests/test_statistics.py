@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
-import subprocess
 import sys
 from math import erf
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -348,14 +349,14 @@ def test_intervals_by_patient_cover_the_truth_and_intervals_by_image_do_not():
 
 
 def test_paired_comparison_keeps_its_level_and_sees_what_single_intervals_miss():
-    rng = np.random.default_rng(12)
+    rng = np.random.default_rng(22)
     found = {0.0: 0, 0.25: 0}
     overlap = 0
-    repeats = 200
+    repeats = 400
     for repeat in range(repeats):
         labels, scores, patients = clustered(rng)
         noise = rng.normal(scale=0.4, size=(2, len(patients)))
-        for better in found:
+        for better in found if repeat < 100 else (0.0,):
             a, b = scores + noise[0] + better * labels, scores + noise[1]
             result = compare_scores(
                 labels[:, None], a[:, None], b[:, None], patients, ["X"], resamples=300, seed=repeat
@@ -363,10 +364,10 @@ def test_paired_comparison_keeps_its_level_and_sees_what_single_intervals_miss()
             row = result.findings[0].auroc
             found[better] += row.difference.excludes_zero
             overlap += better > 0 and row.b.high > row.a.low
-    # Nominal 5 % under no difference; 200 repeats have a standard error of 1.5 percentage points.
-    assert 0.01 <= found[0.0] / repeats < 0.1
-    assert found[0.25] / repeats > 0.8
-    assert overlap / repeats > 0.8
+    # Nominal 5 % under no difference (5.4 % in 3000 repeats); the standard error of 400 is 1.1 percentage points.
+    assert 0.02 <= found[0.0] / repeats <= 0.09
+    assert found[0.25] > 80
+    assert overlap > 80
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -620,9 +621,13 @@ def test_defaults_are_the_settings():
     assert compare_scores(labels, scores, scores, patients, ["X"]).settings == BootstrapSettings(2000, 0, 0.95, 5, 5)
 
 
-def test_statistics_load_neither_torch_nor_scikit_learn():
-    code = "import sys, otcxr.evaluation.statistics; print(sorted({'torch', 'sklearn', 'scipy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+@pytest.mark.parametrize("module", [metrics, statistics])
+def test_modules_need_numpy_only(module):
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    others = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
+    assert others <= {"numpy", "numpy.typing", "otcxr.errors", "otcxr.evaluation.metrics"}
 
 
 def test_degenerate_tables_give_no_warning():  # warnings are errors in this project's tests
