@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +52,12 @@ def pretrain(words: Sequence[str]) -> int:
 
 def evaluate(words: Sequence[str]) -> int:
     """otcxr evaluate RUN."""
+    from otcxr.config import read_settings
     from otcxr.evaluation.results import evaluate_run
     from otcxr.evaluation.tasks import TASKS, EvaluateConfig
     from otcxr.runs import Run
 
-    parser = make_parser("evaluate", "Judge a run's encoder beside a random-initialised one, with intervals by patient.")
+    parser = make_parser("evaluate", "Judge a run's encoder beside a random one, with intervals by patient.")
     parser.add_argument("run", type=str, help="folder of the run")
     parser.add_argument("--task", type=str, default="linear", help=f"one of {', '.join(TASKS)}")
     parser.add_argument("--data.source", type=str, default="", help="labelled source (default: that of the run)")
@@ -66,7 +67,7 @@ def evaluate(words: Sequence[str]) -> int:
     plain = _parsed(parser, words)
     _to_log()
     progress = RichProgress()
-    config = EvaluateConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain["eval"].items()})
+    config = read_settings(EvaluateConfig, plain["eval"])
     data = plain["data"]
     evaluation = evaluate_run(
         Run.open(plain["run"]), plain["task"], data["source"], (data["fit"], data["test"]), config, progress
@@ -195,22 +196,32 @@ def _interval(estimate: dict[str, Any], sign: str = "") -> str:
 
 
 def _print_table(result: dict[str, Any], progress: RichProgress) -> None:
-    """Print findings and macro, pooled and within groups; what is not estimable says so."""
+    """Print each measure for every finding and the macro mean, pooled and within groups, in 80 columns."""
     from rich.table import Table
 
+    level = f"{result['intervals']['level']:.0%}"
     for group, part in [("all test images", result), *result["within"].items()]:
-        table = Table(title=f"{group}: AUROC and average precision with {result['intervals']['level']:.0%} intervals "
-                      "by patient", title_justify="left")  # fmt: skip
-        for column in ("finding", "images", "positive", "AUROC", "random network", "difference", "average precision"):
-            table.add_column(column, no_wrap=True, justify="left" if column == "finding" else "right")
-        for finding in [*part["findings"], "macro"]:
-            pick: Callable[[dict[str, Any]], dict[str, Any]] = (
-                (lambda p: p["macro"]) if finding == "macro" else (lambda p, f=finding: p["findings"][f])
-            )
-            row = pick(part)
-            table.add_row(
-                f"macro of {len(row['findings'])}" if finding == "macro" else finding, str(row["n"]),
-                str(row["positives"]), _interval(row["auroc"]), _interval(pick(part["random"])["auroc"]),
-                _interval(pick(part["difference"])["auroc"], "+"), _interval(row["average_precision"]),
-            )  # fmt: skip
-        progress.console.print(table)
+        for measure, name in (("auroc", "AUROC"), ("average_precision", "average precision")):
+            table = Table(title=f"{name}, {group} ({level} intervals by patient)", title_justify="left", box=None)
+            table.add_column("finding", no_wrap=True)
+            for column in ("n", "positive", "encoder", "random", "difference"):
+                table.add_column(column, no_wrap=True, justify="right")
+            for finding in [*part["findings"], "macro"]:
+                row, random, gap = (
+                    p["macro"] if finding == "macro" else p["findings"][finding]
+                    for p in (part, part["random"], part["difference"])
+                )
+                other = random[measure]["value"]
+                table.add_row(
+                    f"macro of {len(row['findings'])}" if finding == "macro" else finding, str(row["n"]),
+                    str(row["positives"]), _short(row[measure]), "" if other is None else f"{other:.3f}",
+                    _short(gap[measure], "+"),
+                )  # fmt: skip
+            progress.console.print(table)
+            progress.console.print()
+
+
+def _short(estimate: dict[str, Any], sign: str = "") -> str:
+    if estimate["value"] is None:
+        return "not estimable"
+    return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.2f}, {estimate['high']:{sign}.2f}]"

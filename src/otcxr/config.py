@@ -31,7 +31,9 @@ def make_parser(command: str, text: str) -> ArgumentParser:
     return ArgumentParser(prog=f"otcxr {command}", description=text, exit_on_error=False, allow_abbrev=False)
 
 
-def add_settings(parser: ArgumentParser, prefix: str, default: DataclassInstance, title: str = "") -> None:
+def add_settings(
+    parser: ArgumentParser, prefix: str, default: DataclassInstance | type[DataclassInstance], title: str = ""
+) -> None:
     """Add one option ``--prefix.field`` for every field of a settings dataclass.
 
     Defaults are those of the instance given, or of the class where a field is required; help is the field's entry

@@ -234,9 +234,7 @@ def draw_heat_maps(
         )  # fmt: skip
         for x, y, width, height in boxes[column]:
             for row in (0, 1):
-                axes[row, column].add_patch(
-                    Rectangle((x, y), width, height, fill=False, edgecolor=_BOX, linewidth=1.6)
-                )
+                axes[row, column].add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=_BOX, linewidth=1.6))
     if shown is not None:
         figure.colorbar(shown, ax=axes[1, :].tolist(), shrink=0.85, label=f"evidence for {finding}")
     return figure

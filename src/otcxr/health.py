@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,16 +126,8 @@ def _grid(tokens: int, view: Tensor) -> tuple[int, int]:
     return height, tokens // height
 
 
-def verdict(lines: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Judge the latest health numbers of a run.
-
-    Args:
-        lines: ``metrics.jsonl``; the last line with "health" counts.
-    """
-    seen = [line["health"] for line in lines if "health" in line]
-    if not seen:
-        return Verdict(True, "no health step yet")
-    now = seen[-1]
+def verdict(now: Mapping[str, float]) -> Verdict:
+    """Judge the health numbers of one step, as ``observe`` gives them."""
     problems = []
     if now["embedding_std"] < 0.05 * now["embedding_std_reference"]:
         problems.append("collapse: all images have nearly the same embedding")

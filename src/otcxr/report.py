@@ -13,7 +13,6 @@ from typing import Any
 
 from otcxr.config import flatten
 from otcxr.errors import DataError
-from otcxr.health import verdict
 from otcxr.runs import Run, write_atomic
 from otcxr.version import __version__
 
@@ -32,7 +31,17 @@ _HEALTH = (
       ("entropy_independent", "no matching"))),
 )  # fmt: skip
 _DASHED = {"effective_rank_limit", "hits_chance", "entropy_independent", "chance"}
-_NO_TERMS = {"step", "epoch", "loss", "gradient_norm", "learning_rate", "images_per_s", "elapsed_s", "health"}
+_NO_TERMS = {
+    "step",
+    "epoch",
+    "loss",
+    "gradient_norm",
+    "learning_rate",
+    "images_per_s",
+    "elapsed_s",
+    "health",
+    "verdict",
+}
 
 
 def write_report(runs: Sequence[Run], out: Path) -> Path:
@@ -61,7 +70,7 @@ def _facts(run: Run) -> dict[str, Any]:
     """Everything the template shows of one run."""
     lines = run.read_metrics()
     config = run.read_config()
-    judged = verdict(lines)
+    judged = next((line["verdict"] for line in reversed(lines) if "verdict" in line), None)
     encoder = run.read_json("encoder.json")
     pictures = []
     for entry in run.read_json("explain/index.json") or []:

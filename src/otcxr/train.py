@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from torch.utils.data import DataLoader
 
 from otcxr.config import digest, flatten, read_settings, to_plain
-from otcxr.console import Bar, Progress, SilentProgress
+from otcxr.console import Progress, SilentProgress
 from otcxr.data.dataset import DataConfig, EpochBatches, PixelCache, ViewDataset, check_records, write_skipped
 from otcxr.data.records import Collection, Record
 from otcxr.data.sources import open_collection
@@ -318,6 +318,7 @@ def fit(
                     }  # fmt: skip
                     if output.observed is not None:
                         line["health"] = observe(output.observed, batch)
+                        line["verdict"] = verdict(line["health"])._asdict()
                     run.append_metrics(line)
                 bar(step * train.batch_size, f"loss {loss:.3f}")
                 if stop.is_set():
@@ -326,7 +327,8 @@ def fit(
                         f"stopped after step {step} of {total}; go on with --resume true --out {run.path}"
                     )
             save()
-    progress.say(verdict(run.read_metrics()).text)
+    latest = [line["verdict"]["text"] for line in run.read_metrics() if "verdict" in line][-1]
+    progress.say(latest)
 
 
 def _fabric(train: TrainConfig) -> Fabric:

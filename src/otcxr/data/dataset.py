@@ -95,7 +95,7 @@ class PixelCache:
 
 
 def check_records(
-    collection: Collection, cache: PixelCache, max_skipped: float, progress: Callable[[int, int], None] | None = None
+    collection: Collection, cache: PixelCache, max_skipped: float, progress: Callable[[int], None] | None = None
 ) -> tuple[list[int], list[Skipped]]:
     """Read every image once, so that a broken file is found before training and not in its middle.
 
@@ -103,7 +103,7 @@ def check_records(
         collection: What to read.
         cache: Keeps what fits, so that the reading is not wasted.
         max_skipped: Largest share of missing and broken images.
-        progress: Called with (done, total).
+        progress: Called with the number of images read so far.
     Returns: Indices of the usable records, and everything that is skipped with its reason, the reader's part first.
     Raises: DataError: nothing is usable, or more than ``max_skipped`` is not.
     """
@@ -124,7 +124,7 @@ def check_records(
             else:
                 skipped.append(problem)
             if progress is not None:
-                progress(index + 1, total)
+                progress(index + 1)
     named = total + len(collection.skipped)
     if len(skipped) > max_skipped * named or not usable:
         raise DataError(

@@ -38,7 +38,7 @@ def decode_dicom(data: bytes, where: str) -> tuple[NDArray[np.float32], NDArray[
     Raises: DataError: not DICOM, no pixels, colour, several frames, or pixels that cannot be decoded.
     """
     import pydicom
-    from pydicom.pixels import apply_modality_lut, apply_voi
+    from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
     with warnings.catch_warnings():
         # pydicom warns about every small departure from the standard; what matters is checked below
@@ -80,10 +80,12 @@ def _window(values: NDArray[np.float64], dataset: Dataset, where: str) -> NDArra
     function = str(dataset.get("VOILUTFunction", "LINEAR") or "LINEAR").upper()
     if center is not None and width is not None and width > 0:
         if function == "SIGMOID":
-            return 1.0 / (1.0 + np.exp(-4.0 * (values - center) / width))
+            sigmoid: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-4.0 * (values - center) / width))
+            return sigmoid
         if function == "LINEAR_EXACT":
             return (values - center) / width + 0.5
-        return (values - (center - 0.5)) / max(width - 1.0, 1e-6) + 0.5
+        linear: NDArray[np.float64] = (values - (center - 0.5)) / max(width - 1.0, 1e-6) + 0.5
+        return linear
     bits = int(dataset.get("BitsStored", 16))
     if bits <= 8 and int(dataset.get("PixelRepresentation", 0)) == 0 and "RescaleSlope" not in dataset:
         return values / (2.0**bits - 1)

@@ -93,7 +93,7 @@ def _decode(data: bytes, path: Path) -> tuple[NDArray[np.float32], NDArray[np.bo
         raise DataError(f"{path} cannot be decoded: its data are damaged; copy it again")
     if array.dtype not in (np.uint8, np.uint16):
         raise DataError(f"{path} has pixels of type {array.dtype}; expected 8- or 16-bit integers")
-    scale = float(np.iinfo(array.dtype).max)
+    scale = 255.0 if array.dtype == np.uint8 else 65535.0
     valid = np.ones(array.shape[:2], dtype=np.bool_)
     if array.ndim == 3 and array.shape[2] in (2, 4):
         valid = array[..., -1] > 0

@@ -78,9 +78,9 @@ class Record(NamedTuple):
     view: str | None = None
     source: str = ""
     spacing: tuple[float, float] | None = None
-    labels: Mapping[str, int] = {}  # noqa: RUF012  (never mutated: records are read-only)
+    labels: Mapping[str, int] = {}
     boxes: tuple[Box, ...] = ()
-    masks: Mapping[str, ImageRef] = {}  # noqa: RUF012
+    masks: Mapping[str, ImageRef] = {}
     split: str = ""
 
     @property
@@ -130,7 +130,6 @@ class Collection(NamedTuple):
                 "a split must not cut through a patient: mend the split lists"
             )
         return self._replace(records=inside)
-
 
 
 def full_valid(image: Tensor) -> Tensor:

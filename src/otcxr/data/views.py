@@ -81,7 +81,9 @@ def view_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence((seed, epoch, index)))
 
 
-def make_views(radiograph: Radiograph, config: ViewsConfig, generator: np.random.Generator, count: int = 2) -> ViewBatch:
+def make_views(
+    radiograph: Radiograph, config: ViewsConfig, generator: np.random.Generator, count: int = 2
+) -> ViewBatch:
     """Draw views of one radiograph.
 
     Args:
@@ -133,9 +135,7 @@ def _draw(
     return *resample(image, valid, affine, config.size), affine
 
 
-def _draw_affine(
-    shape: tuple[int, ...], config: ViewsConfig, generator: np.random.Generator
-) -> NDArray[np.float64]:
+def _draw_affine(shape: tuple[int, ...], config: ViewsConfig, generator: np.random.Generator) -> NDArray[np.float64]:
     """Affine map from view to image: crop of random area, aspect and place, rotated about its centre, maybe flipped."""
     height, width = shape
     area = generator.uniform(*config.scale) * height * width
@@ -149,7 +149,8 @@ def _draw_affine(
     cos, sin = math.cos(angle), math.sin(angle)
     linear = np.array([[cos * crop_w, -sin * crop_h], [sin * crop_w, cos * crop_h]])
     shift = np.array([centre_x, centre_y]) - linear @ np.array([0.5, 0.5])
-    return np.column_stack((linear, shift)) / np.array([[width], [height]])
+    affine: NDArray[np.float64] = np.column_stack((linear, shift)) / np.array([[width], [height]])
+    return affine
 
 
 def resample(

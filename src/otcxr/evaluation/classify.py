@@ -78,11 +78,12 @@ def fit_probe(
             continue
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         parts = [(fit, held) for fit, held in splitter.split(xs, y, group) if 0 < y[fit].sum() < len(fit)]
-        scores = [
-            np.nanmean([auroc(y[held], model(c).fit(xs[fit], y[fit]).decision_function(xs[held])) for fit, held in parts])
-            for c in strengths
-        ]
-        chosen[f] = strengths[int(np.argmax(scores))]
+
+        def held_out(strength: float, y: Any = y, xs: Any = xs, parts: Any = parts) -> float:
+            fitted = (model(strength).fit(xs[fit], y[fit]).decision_function(xs[held]) for fit, held in parts)
+            return float(np.nanmean([auroc(y[held], s) for s, (_, held) in zip(fitted, parts, strict=True)]))
+
+        chosen[f] = max(strengths, key=held_out)
         best = model(chosen[f]).fit(xs, y)
         weights[f] = best.coef_[0] / std
         bias[f] = best.intercept_[0] - weights[f] @ mean

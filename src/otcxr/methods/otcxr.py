@@ -9,15 +9,18 @@
     L_OT          mean over the batch of the entropic value (gradient by the envelope theorem)
 
     L = alpha L_OT + beta sum_rows [v(q_s) + v(q_t)] / 2 + eta [c(q_s) + c(q_t)]
-        + global_weight |g_s - g_t|^2 / d + mass_weight * (spread of the masses)
+        + global_weight (alpha |g_s - g_t|^2 / d + beta [v(g_s) + v(g_t)] / 2 + eta [c(g_s) + c(g_t)])
+        + mass_weight mean max(0, ln(mass_area n_valid) - H(mu))
 
 v and c are VICReg's variance and covariance terms on the unnormalised q; which rows they see is ``variance_rows``.
-g is the mean of q over valid tokens. Padding and rotation corners get no mass, are no keys and no rows.
+g is a projection of the mean of z over valid tokens. Padding and rotation corners get no mass, are no keys and no rows.
 
 Source: Gorade, Singh, Mishra, WACV 2025, arXiv:2404.11868. The source states the forward pass, the cosine discrepancy,
 masses from cross-view attention, <P, C> and the form of the loss without the last line. Ours: the sign of the cost (a
 similarity as cost would pair the least similar), the entropic value, the rows of the variance (over all tokens the map
-becomes constant within each image), the global term, the control of the masses' spread, all numbers.
+becomes constant within each image), the centred cost (the variance terms do not see a common offset of all q, but the
+cosine does: with one, every cost is nearly 0 and the plan is the independent coupling), the global term, the control of
+the masses' spread, all numbers.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from otcxr.losses import covariance, masked_mean, variance, variance_at_position
 from otcxr.methods.base import Match, Observed, SSLMethod, StepOutput, encode_views, tokens_of
 from otcxr.nn.attention import CrossViewAttention
 from otcxr.nn.encoder import Encoder, pool
-from otcxr.nn.heads import TokenProjector
+from otcxr.nn.heads import ProjectionHead, TokenProjector
 from otcxr.ot import Transport, cosine_cost, entropy, sinkhorn
 
 __all__ = ["OTCXR", "OTCXRSettings"]
@@ -70,7 +73,8 @@ class OTCXRSettings:
         alpha: Weight of the transport term.
         beta: Weight of the variance term, for each kind of row.
         eta: Weight of the covariance term.
-        global_weight: Weight of the squared difference of the pooled projections.
+        global_weight: Weight of the global invariance: VICReg's three terms, with the same alpha, beta and eta, on a
+            projection of the pooled tokens. 0 leaves it out.
         variance_rows: What counts as a row of v: "pooled" (one per image), "tokens" (all), "position" (over the batch
             at each cell), "within-image" (over the tokens of each image); any combination.
         within_target: Standard deviation that "within-image" asks for; the other rows ask for 1.
@@ -91,12 +95,12 @@ class OTCXRSettings:
     max_iterations: int = 200
     objective: str = "value"
     reach: float | None = None
-    centred_cost: bool = False
+    centred_cost: bool = True
     alpha: float = 25.0
     beta: float = 25.0
     eta: float = 1.0
-    global_weight: float = 25.0
-    variance_rows: tuple[str, ...] = ("pooled", "within-image")
+    global_weight: float = 1.0
+    variance_rows: tuple[str, ...] = ("within-image",)
     within_target: float = 1.0
 
     def __post_init__(self) -> None:
@@ -141,6 +145,11 @@ class OTCXR(SSLMethod):
         self.projector = TokenProjector(dim, settings.hidden, settings.outputs)
         needs_cross_view = settings.infuse or settings.mass != "uniform"
         self.cross_view = CrossViewAttention(dim, settings.heads) if needs_cross_view else None
+        self.pooled_projector = (
+            ProjectionHead(dim, settings.hidden, settings.outputs, final_norm=False)
+            if settings.global_weight > 0
+            else None
+        )
         self.score = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1)) if settings.mass == "score" else None
 
     def forward(self, batch: ViewBatch, *, observe: bool = False) -> StepOutput:
@@ -149,13 +158,15 @@ class OTCXR(SSLMethod):
         pair = self._pair(maps[0][-1], maps[1][-1], batch)
         transport = pair.transport.value.mean()
         means = [masked_mean(q, valid) for q, valid in zip(pair.projections, pair.valid, strict=True)]
-        spread = sum((self._variance(*view) for view in zip(pair.projections, pair.valid, means, strict=True))) / 2
-        correlation = sum((self._covariance(*view) for view in zip(pair.projections, pair.valid, means, strict=True)))
+        spread = sum(self._variance(*view) for view in zip(pair.projections, pair.valid, means, strict=True)) / 2
+        correlation = sum(self._covariance(*view) for view in zip(pair.projections, pair.valid, means, strict=True))
         loss = s.alpha * transport + s.beta * spread + s.eta * correlation
         terms = {"transport": transport, "variance": spread, "covariance": correlation}
-        if s.global_weight > 0:
-            terms["global"] = (means[0] - means[1]).square().mean()
-            loss = loss + s.global_weight * terms["global"]
+        if self.pooled_projector is not None:
+            terms |= self._global(pair)
+            loss = loss + s.global_weight * (
+                s.alpha * terms["global"] + s.beta * terms["global_variance"] + s.eta * terms["global_covariance"]
+            )
         if s.mass_weight > 0 and s.mass_gradient and s.mass != "uniform":
             terms["mass"] = sum(map(self._concentration, pair.masses, pair.valid), loss.new_zeros(())) / 2
             loss = loss + s.mass_weight * terms["mass"]
@@ -186,8 +197,10 @@ class OTCXR(SSLMethod):
             r_t, weights_t = self.cross_view(z_t, z_s, valid_s)
         mu = self._mass(r_s, weights_t, valid_s, valid_t)
         nu = self._mass(r_t, weights_s, valid_t, valid_s)
-        infused_s, infused_t = (z_s + r_s, z_t + r_t) if s.infuse else (z_s, z_t)
-        q_s, q_t = self.projector(infused_s), self.projector(infused_t)
+        if s.infuse and r_s is not None and r_t is not None:
+            q_s, q_t = self.projector(z_s + r_s), self.projector(z_t + r_t)
+        else:
+            q_s, q_t = self.projector(z_s), self.projector(z_t)
         centre = torch.cat((q_s[valid_s], q_t[valid_t])).mean(0) if s.centred_cost else 0.0
         cost = cosine_cost(q_s - centre, q_t - centre)
         transport = sinkhorn(
@@ -205,7 +218,7 @@ class OTCXR(SSLMethod):
             valid: (B, n) bool of this view; other_valid: (B, m) of the other one, whose tokens are the queries.
         """
         s = self.settings
-        dtype = torch.promote_types(self.projector.layers[0].weight.dtype, torch.float32)
+        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
         count = valid.sum(-1, keepdim=True).to(dtype)
         uniform = valid.to(dtype) / count
         if s.mass == "uniform":
@@ -221,7 +234,8 @@ class OTCXR(SSLMethod):
                 mass = (received.to(dtype) * queries).sum(2).mean(1) / queries.sum(2).mean(1)
                 if not s.mass_gradient:
                     mass = mass.detach()
-            return (1 - s.floor) * mass + s.floor * uniform
+            floored: Tensor = (1 - s.floor) * mass + s.floor * uniform
+            return floored
 
     def _variance(self, q: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
         """Sum of the variance hinges over the kinds of rows that are asked for."""
@@ -236,6 +250,17 @@ class OTCXR(SSLMethod):
         if "within-image" in rows:
             total = total + variance_within(q, valid, self.settings.within_target)
         return total
+
+    def _global(self, pair: _Pair) -> dict[str, Tensor]:
+        """Invariance, variance and covariance of the projections of pooled tokens."""
+        assert self.pooled_projector is not None
+        pooled = [masked_mean(z, valid) for z, valid in zip(pair.tokens, pair.valid, strict=True)]
+        g_s, g_t = self.pooled_projector(torch.cat(pooled)).chunk(2)
+        return {
+            "global": (g_s - g_t).square().mean(),
+            "global_variance": (variance(g_s) + variance(g_t)) / 2,
+            "global_covariance": covariance(g_s) + covariance(g_t),
+        }
 
     def _covariance(self, q: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
         """Covariance penalty on pooled rows if the variance sees only those, else on all valid tokens."""

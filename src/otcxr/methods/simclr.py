@@ -46,7 +46,7 @@ class SimCLR(SSLMethod):
 
     def __init__(self, encoder: Encoder, settings: SimCLRSettings) -> None:
         super().__init__(encoder, settings)
-        self.head = ProjectionHead(encoder.channels[-1], settings.hidden, settings.outputs)
+        self.head = ProjectionHead(encoder.channels[-1], settings.hidden, settings.outputs, final_norm=True)
 
     def forward(self, batch: ViewBatch, *, observe: bool = False) -> StepOutput:
         maps = encode_views(self.encoder, batch)[:2]

@@ -46,7 +46,7 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return all maps of images (B, C, H, W) in [0, 1]: (B, channels[i], ceil(H/strides[i]), ceil(W/strides[i]))."""
+        """Return all maps of images (B, C, H, W) in [0, 1]: (B, channels[i], H / strides[i], W / strides[i])."""
 
 
 def pool(maps: tuple[Tensor, ...]) -> Tensor:
@@ -129,7 +129,9 @@ def load_encoder(path: str | Path) -> Encoder:
         encoder = build_encoder(**facts["architecture"])
         state = load_file(weights)
     except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{weights} cannot be read: {error}; it may be cut short, export the run again") from error
+        raise CheckpointError(
+            f"{weights} cannot be read: {error}; it may be cut short, export the run again"
+        ) from error
     load_state(encoder, state, str(weights))
     return encoder.eval()
 

@@ -8,19 +8,22 @@ __all__ = ["ProjectionHead", "TokenProjector"]
 
 
 class ProjectionHead(nn.Sequential):
-    """Project pooled features (B, C) to an embedding (B, outputs): Linear-BN-ReLU-Linear-BN, no biases before BN.
+    """Project pooled features (B, C) to an embedding (B, outputs): Linear-BN-ReLU-Linear[-BN].
 
-    Source: Chen et al., ICML 2020 (SimCLR), arXiv:2002.05709, with the final BN of its reference code.
+    Args:
+        inputs, hidden, outputs: Widths.
+        final_norm: End with BatchNorm, as SimCLR's reference code does; VICReg must not, its variance is its loss.
+    Source: Chen et al., ICML 2020 (SimCLR), arXiv:2002.05709; Bardes et al., ICLR 2022 (VICReg), arXiv:2105.04906.
     """
 
-    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
-        super().__init__(
+    def __init__(self, inputs: int, hidden: int, outputs: int, *, final_norm: bool) -> None:
+        layers = [
             nn.Linear(inputs, hidden, bias=False),
             nn.BatchNorm1d(hidden),
             nn.ReLU(),
-            nn.Linear(hidden, outputs, bias=False),
-            nn.BatchNorm1d(outputs),
-        )
+            nn.Linear(hidden, outputs, bias=not final_norm),
+        ]
+        super().__init__(*layers, *([nn.BatchNorm1d(outputs)] if final_norm else []))
 
 
 class TokenProjector(nn.Module):

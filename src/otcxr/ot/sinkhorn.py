@@ -50,7 +50,8 @@ class Transport(NamedTuple):
 
 def entropy(mass: Tensor, dims: int = 1) -> Tensor:
     """Shannon entropy in nats, H = -sum p ln p with 0 ln 0 = 0, over the last ``dims`` dimensions (2 for a plan)."""
-    return torch.special.entr(mass).flatten(-dims).sum(-1)
+    out: Tensor = torch.special.entr(mass).flatten(-dims).sum(-1)
+    return out
 
 
 def sinkhorn(
@@ -99,9 +100,7 @@ def sinkhorn(
     if not epsilon > 0:
         raise ValueError(f"epsilon must be > 0, received {epsilon}")
     if not tolerance > 0 or max_iterations < 1:
-        raise ValueError(
-            f"tolerance must be > 0 and max_iterations >= 1, received {tolerance} and {max_iterations}"
-        )
+        raise ValueError(f"tolerance must be > 0 and max_iterations >= 1, received {tolerance} and {max_iterations}")
     if cost.dim() < 2 or cost.shape[-1] == 0 or cost.shape[-2] == 0:
         raise ValueError(f"cost has shape {tuple(cost.shape)}; expected (..., n, m) with n, m >= 1")
     with torch.autocast(cost.device.type, enabled=False):
@@ -109,7 +108,9 @@ def sinkhorn(
         a = _masses(a, "a", cost, cost.shape[:-1])
         b = _masses(b, "b", cost, (*cost.shape[:-2], cost.shape[-1]))
         _check_finite(cost)
-        out: tuple[Tensor, ...] = _Solve.apply(cost, a, b, epsilon, max_iterations, tolerance)  # type: ignore[no-untyped-call]
+        out: tuple[Tensor, ...] = _Solve.apply(  # type: ignore[no-untyped-call]
+            cost, a, b, epsilon, max_iterations, tolerance
+        )
     return Transport(*out)
 
 
@@ -118,9 +119,7 @@ def _masses(mass: Tensor | None, name: str, cost: Tensor, shape: tuple[int, ...]
     if mass is None:
         return cost.new_full(shape, 1.0 / shape[-1])
     if tuple(mass.shape) != tuple(shape):
-        raise ValueError(
-            f"{name} has shape {tuple(mass.shape)} but cost {tuple(cost.shape)} needs {tuple(shape)}"
-        )
+        raise ValueError(f"{name} has shape {tuple(mass.shape)} but cost {tuple(cost.shape)} needs {tuple(shape)}")
     mass = mass.to(cost.dtype)
     flat = mass.detach().reshape(-1, shape[-1])
     total = flat.sum(-1)
@@ -172,7 +171,7 @@ class _Solve(torch.autograd.Function):
         return plan, value, f, g, residual, iterations, converged
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan, f, g = ctx.saved_tensors  # type: ignore[attr-defined]
         grad = grads[1].unsqueeze(-1)
