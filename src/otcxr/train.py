@@ -44,6 +44,8 @@ __all__ = [
 # Settings that may change between a run and its continuation: they do not decide any number.
 _FREE = {"out", "resume", "data.workers", "data.cache_gb", "train.accelerator", "train.log_every"}
 
+_FEW_TOKENS = 36  # per view, below which dense methods are warned about
+
 
 class Interrupted(OtcxrError):
     """The run was stopped on request and can go on with ``resume``."""
@@ -228,6 +230,10 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Run:
             f"{config.train.batch_size}; set train.batch_size to at most {len(usable)}"
         )
     method = build_method(config)
+    cells = math.ceil(config.views.size / method.encoder.strides[-1])
+    if cells**2 < _FEW_TOKENS:
+        progress.say(f"warning: a view has {cells**2} tokens, fewer than {_FEW_TOKENS}: dense alignment has little to "
+                     "align; use larger views.size or encoder.stride 16")  # fmt: skip
     if checkpoint is not None:
         load_state(method, checkpoint["method"], str(run.path / "last.ckpt"))
     write_skipped(_made(run).path / "skipped.csv", skipped)

@@ -1,0 +1,296 @@
+"""Pre-training from end to end on a few small phantoms: resume, kill, interruption, refusal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from otcxr.config import to_plain
+from otcxr.data.dataset import DataConfig
+from otcxr.data.records import Record
+from otcxr.data.views import ViewsConfig
+from otcxr.errors import CheckpointError, ConfigError, DataError
+from otcxr.methods import METHODS
+from otcxr.nn.encoder import load_encoder
+from otcxr.runs import Run
+from otcxr.train import (
+    EncoderConfig,
+    PretrainConfig,
+    TrainConfig,
+    config_from_plain,
+    config_to_plain,
+    pretrain,
+)
+
+
+def tiny(out: Path, method: str = "otcxr", **changes: object) -> PretrainConfig:
+    """Four steps an epoch on 32-pixel phantoms, two epochs."""
+    config = PretrainConfig(
+        data=DataConfig(source="phantom:48,seed=7,size=32"),
+        method=method,
+        views=ViewsConfig(size=32),
+        encoder=EncoderConfig(width=4),
+        train=TrainConfig(epochs=2, batch_size=8, accelerator="cpu", health_every=3, log_every=1, probes=2),
+        out=str(out),
+    )
+    return replace(config, **changes)
+
+
+def final_weights(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in ("encoder.safetensors", "method.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    pretrain(tiny(out))
+    return out
+
+
+def test_a_run_leaves_every_file_that_the_later_steps_read(finished):
+    names = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
+    assert names >= {
+        "config.yaml", "environment.json", "skipped.csv", "metrics.jsonl", "last.ckpt", "encoder.safetensors",
+        "encoder.json", "method.safetensors", "pairs/000.npz", "pairs/001.npz",
+    }  # fmt: skip
+    assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_metrics_hold_loss_terms_transport_and_verdict(finished):
+    lines = Run.open(finished).read_metrics()
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert all(np.isfinite(line["loss"]) and line["gradient_norm"] > 0 for line in lines)
+    assert {"transport", "variance", "covariance", "residual"} <= set(lines[0])
+    seen = [line for line in lines if "health" in line]
+    assert len(seen) >= 3
+    for line in seen:
+        assert {"entropy_mu", "entropy_nu", "entropy_plan", "hits", "hits_chance"} <= set(line["health"])
+        assert isinstance(line["verdict"]["healthy"], bool)
+
+
+def test_encoder_is_plain_and_describes_itself(finished):
+    encoder = load_encoder(finished)
+    facts = json.loads((finished / "encoder.json").read_text())
+    assert facts["architecture"] == encoder.architecture._asdict()
+    assert facts["input_size"] == 32
+    assert not any("cross_view" in name or "projector" in name for name in encoder.state_dict())
+
+
+def test_training_changes_the_weights(finished):
+    from otcxr.train import build_method
+
+    start = build_method(tiny(finished)).encoder.state_dict()
+    end = load_encoder(finished).state_dict()
+    assert all(not torch.equal(start[name], end[name]) for name in end if name.endswith("weight"))
+
+
+def test_pairs_store_what_the_method_matched(finished):
+    with np.load(finished / "pairs" / "000.npz") as pair:
+        assert pair["view_s"].shape == (32, 32)
+        assert pair["plan"].shape == pair["cost"].shape == (pair["a"].size, pair["b"].size)
+        # The plan's columns are right by the last half-step of the solver; its rows to the residual, which a sharp
+        # problem may leave at some percent of the mass within max_iterations.
+        assert np.abs(pair["plan"].sum(0) - pair["b"]).sum() < 1e-4
+        assert np.abs(pair["plan"].sum(1) - pair["a"]).sum() < 0.1
+        assert (pair["a"].reshape(pair["valid_s"].shape)[~pair["valid_s"]] == 0).all()
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_same_seed_same_weights_other_seed_other_weights(method, tmp_path):
+    train = TrainConfig(epochs=1, batch_size=8, accelerator="cpu", probes=0)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        pretrain(tiny(tmp_path / name, method, train=train, seed=seed))
+    assert final_weights(tmp_path / "a") == final_weights(tmp_path / "b")
+    assert final_weights(tmp_path / "a") != final_weights(tmp_path / "c")
+
+
+def test_all_methods_start_from_one_encoder():
+    from otcxr.train import build_method
+
+    states = [build_method(tiny(Path("x"), name)).encoder.state_dict() for name in METHODS]
+    for state in states[1:]:
+        assert all(torch.equal(value, states[0][name]) for name, value in state.items())
+
+
+def test_loader_workers_do_not_change_a_bit(tmp_path):
+    for name, workers in (("a", 0), ("b", 2)):
+        config = tiny(tmp_path / name)
+        pretrain(replace(config, data=replace(config.data, workers=workers)))
+    assert final_weights(tmp_path / "a") == final_weights(tmp_path / "b")
+
+
+def command(config: PretrainConfig, file: Path) -> list[str]:
+    plain = config_to_plain(config)
+    file.write_text(yaml.safe_dump(plain))
+    return [sys.executable, "-m", "otcxr", "pretrain", "--config", str(file)]
+
+
+def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = run / "metrics.jsonl"
+        if path.is_file() and path.read_text().count("\n") >= steps:
+            return
+        assert process.poll() is None, "the run ended before it could be stopped"
+        time.sleep(0.01)
+    raise AssertionError("the run did not start")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_bit_for_bit(sent, tmp_path):
+    """SIGKILL falls back to the last epoch, the others save where they are; both end as if nothing had happened."""
+    long = TrainConfig(epochs=6, batch_size=8, accelerator="cpu", log_every=1, health_every=4, probes=1)
+    stopped, whole = tiny(tmp_path / "stopped", train=long), tiny(tmp_path / "whole", train=long)
+    words = command(stopped, tmp_path / "settings.yaml")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    wait_for_steps(tmp_path / "stopped", 7, process)
+    process.send_signal(sent)
+    _, error = process.communicate(timeout=60)
+    if sent == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert b"--resume true" in error
+        assert b"Traceback" not in error
+    state = Run.open(tmp_path / "stopped").read_checkpoint()
+    assert state is not None
+    assert 4 <= state["step"] < 24
+    for path in (tmp_path / "stopped").rglob("*"):  # nothing half-written under a final name
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+    done = subprocess.run([*words, "--resume", "true"], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    environment_whole = command(whole, tmp_path / "whole.yaml")
+    subprocess.run(environment_whole, env=environment, capture_output=True, check=True)
+    assert final_weights(tmp_path / "stopped") == final_weights(tmp_path / "whole")
+    steps = [line["step"] for line in Run.open(tmp_path / "stopped").read_metrics()]
+    assert steps == list(range(1, steps[-1] + 1))
+
+
+def test_resume_of_a_finished_run_changes_nothing(finished):
+    before = final_weights(finished)
+    pretrain(tiny(finished, resume=True))
+    assert final_weights(finished) == before
+
+
+def test_a_second_run_does_not_overwrite_the_first(finished):
+    with pytest.raises(ConfigError, match="already holds a run; go on with --resume true"):
+        pretrain(tiny(finished))
+
+
+def test_resume_with_another_architecture_is_refused(finished):
+    with pytest.raises(CheckpointError, match=r"encoder.width = 4, now it is 8"):
+        pretrain(tiny(finished, encoder=EncoderConfig(width=8), resume=True))
+
+
+def test_resume_with_other_data_is_refused(finished):
+    with pytest.raises(ConfigError, match="data.source"):
+        pretrain(tiny(finished, data=DataConfig(source="phantom:49,seed=7,size=32"), resume=True))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run = tmp_path / "run"
+    pretrain(tiny(run, train=TrainConfig(epochs=1, batch_size=8, accelerator="cpu", probes=0)))
+    data = (run / "last.ckpt").read_bytes()
+    (run / "last.ckpt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="last.ckpt is damaged"):
+        pretrain(tiny(run, train=TrainConfig(epochs=1, batch_size=8, accelerator="cpu", probes=0), resume=True))
+
+
+def test_a_cut_line_of_metrics_is_dropped(tmp_path):
+    run = Run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert run.read_metrics() == [{"step": 1}, {"step": 2}]
+    run.cut_metrics(1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match="no usable GPU; use cpu or auto"):
+        pretrain(tiny(tmp_path / "run", train=TrainConfig(accelerator="cuda")))
+
+
+def test_too_few_images_for_a_batch_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"fewer than train.batch_size = 640; set train.batch_size to at most"):
+        pretrain(tiny(tmp_path / "run", train=TrainConfig(batch_size=640, accelerator="cpu")))
+
+
+def test_broken_images_are_skipped_and_listed_up_to_the_limit(tmp_path):
+    import cv2
+
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(20):
+        cv2.imwrite(str(folder / f"{number:02d}.png"), generator.integers(0, 256, (40, 40), dtype=np.uint8))
+    (folder / "07.png").write_bytes(b"no picture")
+    train = TrainConfig(epochs=1, batch_size=8, accelerator="cpu", probes=1)
+    data = DataConfig(source=f"folder:{folder}", max_skipped=0.05)
+    run = pretrain(tiny(tmp_path / "run", data=data, train=train))
+    assert "07.png" in (run.path / "skipped.csv").read_text()
+    (folder / "08.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 of 20 images .* set data.max_skipped above 0.100"):
+        pretrain(tiny(tmp_path / "second", data=data, train=train))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_settings_survive_yaml(method, tmp_path):
+    config = tiny(tmp_path, method)
+    assert config_from_plain(yaml.safe_load(yaml.safe_dump(config_to_plain(config)))) == config
+
+
+def test_stride_follows_the_size_of_the_views():
+    source = DataConfig(source="phantom:8")
+    assert PretrainConfig(data=source, views=ViewsConfig(size=128)).encoder.stride == 16
+    assert PretrainConfig(data=source, views=ViewsConfig(size=224)).encoder.stride == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "otcxx"}, "unknown method 'otcxx'; did you mean 'otcxr'"),
+        ({"settings": METHODS["simclr"].settings}, "needs settings of type OTCXRSettings"),
+    ],
+)
+def test_impossible_settings_name_the_fix(change, message):
+    with pytest.raises(ConfigError, match=message):
+        PretrainConfig(data=DataConfig(source="phantom:8"), **change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"epochs": 0}, {"batch_size": 1}, {"learning_rate": 0.0}, {"accelerator": "tpu"}, {"precision": "8"}]
+)
+def test_impossible_training_is_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        TrainConfig(**change)
+
+
+def test_every_committed_configuration_is_parsed():
+    files = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        plain = yaml.safe_load(file.read_text())
+        config = config_from_plain(plain)
+        assert to_plain(config.train)["epochs"] == plain["train"]["epochs"], file
+
+
+def test_probes_come_from_the_test_split_and_prefer_boxes():
+    from otcxr.data import open_collection
+    from otcxr.probes import choose_probes
+
+    collection = open_collection("phantom:60,seed=2,size=32")
+    chosen: list[Record] = list(choose_probes(collection, collection.split("train"), 3, 0).records)
+    assert [r.split for r in chosen] == ["test"] * 3
+    assert all(r.boxes for r in chosen)
