@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
+from scipy.special import kl_div, logsumexp
 
 # --- measures and statistics -----------------------------------------------------------------------------------------
 
@@ -49,3 +51,95 @@ def holm_by_closed_testing(p_values: Sequence[float]) -> list[float]:
             for i in chosen:
                 adjusted[i] = max(adjusted[i], bonferroni)
     return adjusted
+
+
+# --- transport -------------------------------------------------------------------------------------------------------
+
+
+class SlowTransport(NamedTuple):
+    """One solved problem in float64."""
+
+    plan: np.ndarray
+    value: float
+    f: np.ndarray
+    g: np.ndarray
+    residual: float
+
+
+def sinkhorn_by_loop(cost, a, b, epsilon, tolerance=1e-12, limit=20_000) -> SlowTransport:
+    """Sinkhorn in the log domain, one problem, positions without mass taken out before and put back as zeros."""
+    cost, a, b = (np.asarray(x, dtype=np.float64) for x in (cost, a, b))
+    rows, columns = np.flatnonzero(a), np.flatnonzero(b)
+    c, p, q = cost[np.ix_(rows, columns)], a[rows], b[columns]
+    f, g = np.zeros(len(p)), np.zeros(len(q))
+    for _ in range(limit):
+        f = -epsilon * logsumexp((g[None, :] - c) / epsilon + np.log(q)[None, :], axis=1)
+        g = -epsilon * logsumexp((f[:, None] - c) / epsilon + np.log(p)[:, None], axis=0)
+        plan = np.outer(p, q) * np.exp((f[:, None] + g[None, :] - c) / epsilon)
+        residual = max(np.abs(plan.sum(1) - p).sum(), np.abs(plan.sum(0) - q).sum())
+        if residual <= tolerance:
+            break
+    value = (plan * c).sum() + epsilon * kl_div(plan, np.outer(p, q)).sum()
+    shift = (p @ f - q @ g) / 2
+    whole = SlowTransport(np.zeros(cost.shape), float(value), np.zeros(len(a)), np.zeros(len(b)), float(residual))
+    whole.plan[np.ix_(rows, columns)] = plan
+    whole.f[rows], whole.g[columns] = f - shift, g + shift
+    return whole
+
+
+def cosine_cost_by_loops(x, y) -> np.ndarray:
+    """One minus the cosine of every pair; a zero vector has cosine 0 with everything."""
+    out = np.ones((len(x), len(y)))
+    for i, u in enumerate(np.asarray(x, dtype=np.float64)):
+        for j, v in enumerate(np.asarray(y, dtype=np.float64)):
+            if np.linalg.norm(u) and np.linalg.norm(v):
+                out[i, j] = 1 - u @ v / np.linalg.norm(u) / np.linalg.norm(v)
+    return out
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def nt_xent_by_loops(first, second, temperature) -> float:
+    """SimCLR's equation 1, term by term: the positive stays in the denominator, only the point itself is left out."""
+    z = [v / np.linalg.norm(v) for v in [*np.asarray(first, dtype=np.float64), *np.asarray(second, dtype=np.float64)]]
+    n, losses = len(z) // 2, []
+    for i in range(2 * n):
+        positive = i + n if i < n else i - n
+        others = sum(np.exp(z[i] @ z[k] / temperature) for k in range(2 * n) if k != i)
+        losses.append(-np.log(np.exp(z[i] @ z[positive] / temperature) / others))
+    return float(np.mean(losses))
+
+
+def variance_by_loops(rows, target=1.0) -> float:
+    """VICReg's hinge, one dimension after the other."""
+    rows, total = np.asarray(rows, dtype=np.float64), 0.0
+    for column in rows.T:
+        unbiased = sum((x - column.mean()) ** 2 for x in column) / (len(column) - 1)
+        total += max(0.0, target - np.sqrt(unbiased + 1e-4))
+    return total / rows.shape[1]
+
+
+def covariance_by_loops(rows) -> float:
+    """VICReg's off-diagonal penalty, one pair of dimensions after the other."""
+    rows, total = np.asarray(rows, dtype=np.float64), 0.0
+    centred = rows - rows.mean(0)
+    for i in range(rows.shape[1]):
+        for j in range(rows.shape[1]):
+            if i != j:
+                total += (sum(x[i] * x[j] for x in centred) / (len(rows) - 1)) ** 2
+    return total / rows.shape[1]
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+def attention_by_loops(queries, keys, values, allowed) -> tuple[np.ndarray, np.ndarray]:
+    """One head, one image: every query over the allowed keys. Returns the mixed values and the weights."""
+    mixed, weights = np.zeros((len(queries), values.shape[1])), np.zeros((len(queries), len(keys)))
+    for i, q in enumerate(queries):
+        scores = {j: np.exp(q @ keys[j] / np.sqrt(len(q))) for j in range(len(keys)) if allowed[j]}
+        for j, score in scores.items():
+            weights[i, j] = score / sum(scores.values())
+            mixed[i] += weights[i, j] * values[j]
+    return mixed, weights

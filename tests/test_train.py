@@ -241,7 +241,7 @@ def test_broken_images_are_skipped_and_listed_up_to_the_limit(tmp_path):
     run = pretrain(tiny(tmp_path / "run", data=data, train=train))
     assert "07.png" in (run.path / "skipped.csv").read_text()
     (folder / "08.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"2 of 20 images .* set data.max_skipped above 0.100"):
+    with pytest.raises(DataError, match=r"2 of 20 images .* set data.max_skipped to 0.1"):
         pretrain(tiny(tmp_path / "second", data=data, train=train))
 
 

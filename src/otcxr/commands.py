@@ -13,7 +13,7 @@ from otcxr.console import RichProgress
 from otcxr.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import ArgumentParser
 
 __all__ = ["data_inspect", "demo", "evaluate", "explain", "pretrain", "report"]
 
@@ -177,10 +177,7 @@ def _print_demo(result: dict[str, Any], progress: RichProgress) -> None:
 
 
 def _parsed(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
-    from jsonargparse import namespace_to_dict
-
-    parsed: Namespace = parse(parser, words)
-    plain: dict[str, Any] = namespace_to_dict(parsed)
+    plain: dict[str, Any] = parse(parser, words).as_dict()
     plain.pop("config", None)
     return plain
 

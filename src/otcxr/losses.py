@@ -102,7 +102,8 @@ def variance_within(tokens: Tensor, valid: Tensor, target: float = 1.0) -> Tenso
 def _masked_variance(tokens: Tensor, valid: Tensor, target: float) -> Tensor:
     """Hinge on the deviation over the second dimension of (G, N, d), mean over groups with two valid rows or more."""
     with torch.autocast(tokens.device.type, enabled=False):
-        x, weight = _wide(tokens), valid.unsqueeze(-1).to(torch.promote_types(tokens.dtype, torch.float32))
+        x = _wide(tokens)
+        weight = valid.unsqueeze(-1).to(x.dtype)
         count = weight.sum(1)  # (G, 1)
         mean = (x * weight).sum(1) / count.clamp_min(1)
         spread = ((x - mean.unsqueeze(1)).square() * weight).sum(1) / (count - 1).clamp_min(1)
@@ -112,6 +113,8 @@ def _masked_variance(tokens: Tensor, valid: Tensor, target: float) -> Tensor:
 
 
 def masked_mean(tokens: Tensor, valid: Tensor) -> Tensor:
-    """Mean of the valid tokens of each image: (B, n, d), (B, n) bool -> (B, d)."""
-    weight = valid.unsqueeze(-1).to(tokens.dtype)
-    return (tokens * weight).sum(1) / weight.sum(1).clamp_min(1)
+    """Mean of the valid tokens of each image: (B, n, d), (B, n) bool -> (B, d), in the type of the tokens."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        x = _wide(tokens)
+        weight = valid.unsqueeze(-1).to(x.dtype)
+        return ((x * weight).sum(1) / weight.sum(1).clamp_min(1)).to(tokens.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -126,13 +127,14 @@ def check_records(
             if progress is not None:
                 progress(index + 1)
     named = total + len(collection.skipped)
-    if len(skipped) > max_skipped * named or not usable:
+    if not named:
+        raise DataError(f"{collection.name} has no images; check data.source and data.split")
+    share = len(skipped) / named
+    if share > max_skipped or not usable:
+        enough = f"set data.max_skipped to {math.ceil(share * 1000) / 1000:.3f}" if usable else "check data.source"
         raise DataError(
             f"{len(skipped)} of {named} images of {collection.name} cannot be used (first: {skipped[0].image}: "
-            f"{skipped[0].reason}); at most {max_skipped:.0%} may be skipped. Mend them, or set data.max_skipped above "
-            f"{len(skipped) / named:.3f}"
-            if skipped
-            else f"{collection.name} has no images"
+            f"{skipped[0].reason}); at most {max_skipped:.1%} may be skipped. Mend them, or {enough}"
         )
     return usable, skipped
 
@@ -140,7 +142,8 @@ def check_records(
 def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
     """Write the list of skipped images as CSV (image, reason); an empty list still writes its header."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
+    # a file name may hold bytes that are no text: they are listed in escaped form
+    with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(("image", "reason"))
         writer.writerows(skipped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from otcxr.errors import DataError
 __all__ = ["read_folder"]
 
 _OPTION = re.compile(r",(csv|image|patient)=([^,]*)$")
+# a table written from floating-point columns, as columns with gaps often are, says 1.0
+_LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "": None}
 _KNOWN = ("study", "sex", "age", "view", "split")
 
 
@@ -21,9 +24,10 @@ def read_folder(text: str) -> Collection:
 
     ``PATH[,csv=FILE][,image=COLUMN][,patient=COLUMN]``. Without ``csv=`` the only CSV file directly in the folder is
     used, if there is one; ``csv=none`` uses none. The table then is the list of images: it needs a column with the
-    path (or bare name) of the image and one with the patient; columns study, sex, age, view and split are used where
-    present; every other column that holds nothing but 0, 1 and empty fields is a finding (empty: not assessed).
-    Without a table nothing is known of patients, so every image counts as a patient of its own.
+    path below the folder (or the bare name, where only one file has it) of the image and one with the patient; columns
+    study, sex, age, view and split are used where present; every other column that holds nothing but 0, 1 (or 0.0, 1.0)
+    and empty fields, and not only empty ones, is a finding (empty: not assessed). Without a table nothing is known of
+    patients, so every image counts as a patient of its own. Without a study, every image is a study of its own.
 
     Raises: DataError: no such folder, no image in it, or a table without the columns, with duplicates or bad values.
     """
@@ -41,7 +45,7 @@ def read_folder(text: str) -> Collection:
     table = _table(root, options.get("csv", ""))
     name = f"folder:{text}"
     if table is None:
-        ids = [str(path.relative_to(root)) for path in files]
+        ids = [path.relative_to(root).as_posix() for path in files]
         return Collection(
             name, (), [Record(p, study=i, patient=i, source="folder") for p, i in zip(files, ids, strict=True)]
         )
@@ -66,11 +70,20 @@ def _table(root: Path, option: str) -> Path | None:
 def _read_table(
     name: str, root: Path, table: Path, files: list[Path], image_column: str, patient_column: str
 ) -> Collection:
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, restval="")
-        header = [column.strip() for column in reader.fieldnames or []]
-        reader.fieldnames = header
-        rows = list(reader)
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{table} is not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8 CSV"
+        ) from error
+    reader = csv.DictReader(io.StringIO(text), restval="")
+    header = [column.strip() for column in reader.fieldnames or []]
+    twice = next((column for column in header if column and header.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(f"{table} has two columns '{twice}'; rename or remove one")
+    reader.fieldnames = header
+    lines = [(row, reader.line_num) for row in reader]
+    rows = [row for row, _ in lines]
     for role, column in (("image", image_column), ("patient", patient_column)):
         if column not in header:
             raise DataError(
@@ -78,15 +91,16 @@ def _read_table(
                 f"Rename it, or say which holds it: folder:PATH,{role}=COLUMN"
             )
     rest = [c for c in header if c and c not in (image_column, patient_column, *_KNOWN)]
-    findings = tuple(c for c in rest if rows and all(row[c] in ("0", "1", "") for row in rows))
+    values = {column: {row[column].strip() for row in rows} for column in rest}
+    findings = tuple(column for column in rest if values[column] - {""} and values[column] <= _LABELS.keys())
     by_name: dict[str, list[Path]] = {}
     for path in files:
         by_name.setdefault(path.name, []).append(path)
-        by_name.setdefault(path.relative_to(root).as_posix(), []).append(path)
+    by_name |= {path.relative_to(root).as_posix(): [path] for path in files}  # a path is never ambiguous
     records, skipped, used = [], [], set()
-    for number, row in enumerate(rows, start=2):
+    for row, number in lines:
         image = row[image_column].strip()
-        paths = sorted(set(by_name.get(image, [])))
+        paths = by_name.get(image, [])
         if not paths:
             skipped.append(Skipped(image, "missing"))
             continue
@@ -96,25 +110,26 @@ def _read_table(
         if not row[patient_column].strip():
             raise DataError(f"{table} line {number} has no patient; fill column '{patient_column}'")
         used.add(paths[0])
-        records.append(_record(row, paths[0], row[patient_column].strip(), findings))
+        study = paths[0].relative_to(root).as_posix()
+        records.append(_record(row, paths[0], study, row[patient_column].strip(), findings))
     skipped += [
         Skipped(path.relative_to(root).as_posix(), f"not listed in {table.name}") for path in files if path not in used
     ]
     return Collection(name, findings, records, tuple(skipped))
 
 
-def _record(row: dict[str, str], path: Path, patient: str, findings: tuple[str, ...]) -> Record:
+def _record(row: dict[str, str], path: Path, study: str, patient: str, findings: tuple[str, ...]) -> Record:
     age = re.search(r"\d+", row.get("age") or "")
     years = float(age.group()) if age else None
     sex, view = (row.get("sex") or "").strip().upper()[:1], (row.get("view") or "").strip().upper()
     return Record(
         image=path,
-        study=(row.get("study") or "").strip() or path.stem,
+        study=(row.get("study") or "").strip() or study,
         patient=patient,
         sex=sex if sex in ("M", "F") else None,
         age=years if years is not None and years <= 120 else None,
         view=view if view in ("PA", "AP") else None,
         source="folder",
-        labels={finding: int(row[finding]) for finding in findings if row[finding] != ""},
+        labels={f: value for f in findings if (value := _LABELS[row[f].strip()]) is not None},
         split=(row.get("split") or "").strip(),
     )

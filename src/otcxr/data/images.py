@@ -36,13 +36,16 @@ def load_radiograph(path: str | Path) -> Radiograph:
     alpha is 0 there is no pixel (``valid`` False); elsewhere alpha is ignored. DICOM: see ``otcxr.data.dicom``.
     Rows and columns at the border that are entirely black or entirely white are padding (``valid`` False).
 
-    Raises: DataError: the file is missing, empty, cut short, of another format, or all its pixels are equal.
+    Raises: DataError: the file is missing, empty, cut short, of another format, or it shows nothing: no pixel is valid
+        or all that are stated to be pixels are equal.
     """
     path = Path(path)
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; check the path and its permissions"
+        ) from error
     if not data:
         raise DataError(f"{path} is empty (0 bytes); copy it again")
     if is_dicom(data) or path.suffix.lower() in (".dcm", ".dicom"):
@@ -52,9 +55,15 @@ def load_radiograph(path: str | Path) -> Radiograph:
     else:
         array, valid = _decode(data, path)
         spacing = None
-    if float(array.max()) == float(array.min()):
-        raise DataError(f"{path} holds no picture: every pixel is {float(array.max()):.3f}")
-    return Radiograph(torch.from_numpy(array)[None], torch.from_numpy(valid & border_valid(array))[None], spacing)
+    seen = array[valid]
+    if not seen.size:
+        raise DataError(f"{path} holds no picture: every pixel is transparent or declared padding; leave it out")
+    if float(seen.max()) == float(seen.min()):
+        raise DataError(f"{path} holds no picture: every pixel is {float(seen.max()):.3f}; leave it out")
+    valid = valid & border_valid(array)
+    if not valid.any():
+        raise DataError(f"{path} holds no picture: its rows or columns are all black or white; leave it out")
+    return Radiograph(torch.from_numpy(array)[None], torch.from_numpy(valid)[None], spacing)
 
 
 def is_dicom(data: bytes) -> bool:
@@ -71,9 +80,13 @@ def png_size(path: Path) -> tuple[int, int]:
         with path.open("rb") as file:
             head = file.read(24)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    if len(head) < 24 or not head.startswith(_PNG_START):
-        raise DataError(f"{path} is not a PNG (or is cut short): {len(head)} bytes of header, wrong signature")
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; check the path and its permissions"
+        ) from error
+    if len(head) < 24:
+        raise DataError(f"{path} is a PNG that is cut short ({len(head)} bytes); copy it again")
+    if not head.startswith(_PNG_START):
+        raise DataError(f"{path} is not a PNG (starts with {head[:8]!r}); convert it")
     width, height = struct.unpack(">II", head[16:24])
     return height, width
 
@@ -84,11 +97,14 @@ def _decode(data: bytes, path: Path) -> tuple[NDArray[np.float32], NDArray[np.bo
         if _PNG_END not in data[-64:]:
             raise DataError(f"{path} is a PNG that is cut short ({len(data)} bytes, no end marker); copy it again")
     elif data.startswith(b"\xff\xd8"):
-        if b"\xff\xd9" not in data[-1024:]:
+        if not _jpeg_ends(data):
             raise DataError(f"{path} is a JPEG that is cut short ({len(data)} bytes, no end marker); copy it again")
     else:
         raise DataError(f"{path} is neither PNG, JPEG nor DICOM (starts with {data[:8]!r}); convert it")
-    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    try:
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:  # such as a header that states more pixels than OpenCV accepts
+        raise DataError(f"{path} cannot be decoded: {error.err or error}; reduce it or copy it again") from error
     if array is None:
         raise DataError(f"{path} cannot be decoded: its data are damaged; copy it again")
     if array.dtype not in (np.uint8, np.uint16):
@@ -103,6 +119,16 @@ def _decode(data: bytes, path: Path) -> tuple[NDArray[np.float32], NDArray[np.bo
     elif array.ndim == 3:
         array = array[..., 0]
     return array.astype(np.float32) / np.float32(scale), valid
+
+
+def _jpeg_ends(data: bytes) -> bool:
+    """Whether the end marker follows the start of the scan: one in an embedded thumbnail is not the picture's."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] == 0xDA:
+            return data.rfind(b"\xff\xd9", max(at, len(data) - 1024)) >= 0
+        at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 def border_valid(image: NDArray[np.float32], tolerance: float = 2 / 255) -> NDArray[np.bool_]:

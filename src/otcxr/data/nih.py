@@ -8,6 +8,7 @@ commas, ages such as ``058Y`` or ``412``, boxes in the frame of the 1024-pixel i
 from __future__ import annotations
 
 import csv
+import io
 import re
 from pathlib import Path
 
@@ -118,24 +119,29 @@ def _find_images(root: Path) -> dict[str, Path]:
 def _rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """Rows of a CSV as text; surplus empty columns are ignored.
 
-    Raises: DataError: a column is missing, or a row is shorter than the header asks for.
+    Raises: DataError: not UTF-8, a column is missing, or a row is shorter than the header asks for.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        header = [name.strip() for name in next(reader, [])]
-        missing = [name for name in columns if name not in header]
-        if missing:
-            raise DataError(f"{path} has no column '{missing[0]}'; expected {', '.join(columns)}. Found: {header}")
-        at = [(name, header.index(name)) for name in columns]
-        last = max(index for _, index in at)
-        rows = []
-        for number, row in enumerate(reader, start=2):
-            if not row:
-                continue
-            if len(row) <= last:
-                raise DataError(f"{path} line {number} has {len(row)} fields; expected at least {last + 1}")
-            rows.append({name: row[index].strip() for name, index in at})
-        return rows
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8 CSV"
+        ) from error
+    reader = csv.reader(io.StringIO(text))
+    header = [name.strip() for name in next(reader, [])]
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise DataError(f"{path} has no column '{missing[0]}'; expected {', '.join(columns)}. Found: {header}")
+    at = [(name, header.index(name)) for name in columns]
+    last = max(index for _, index in at)
+    rows = []
+    for row in reader:
+        if not row:
+            continue
+        if len(row) <= last:
+            raise DataError(f"{path} line {reader.line_num} has {len(row)} fields; expected at least {last + 1}")
+        rows.append({name: row[index].strip() for name, index in at})
+    return rows
 
 
 def _read_boxes(path: Path) -> dict[str, list[Box]]:
@@ -143,12 +149,14 @@ def _read_boxes(path: Path) -> dict[str, list[Box]]:
     boxes: dict[str, list[Box]] = {}
     if not path.is_file():
         return boxes
-    for number, row in enumerate(_rows(path, ("Image Index", "Finding Label", "Bbox [x", "y", "w", "h]")), start=2):
-        finding = row["Finding Label"].replace("Infiltrate", "Infiltration")
+    for row in _rows(path, ("Image Index", "Finding Label", "Bbox [x", "y", "w", "h]")):
+        finding = "Infiltration" if row["Finding Label"] == "Infiltrate" else row["Finding Label"]
+        if finding not in FINDINGS:
+            raise DataError(f"{path} has a box of '{finding}' on {row['Image Index']}, which is none of the 14 of NIH")
         try:
             numbers = [float(row[name]) for name in ("Bbox [x", "y", "w", "h]")]
         except ValueError as error:
-            raise DataError(f"{path} line {number} has a box that is not four numbers: {error}") from error
+            raise DataError(f"{path} has a box on {row['Image Index']} that is not four numbers: {error}") from error
         boxes.setdefault(row["Image Index"], []).append(Box(finding, *numbers))
     return boxes
 

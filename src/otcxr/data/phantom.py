@@ -70,6 +70,8 @@ class PhantomConfig:
         effusion_prevalence: Share of studies with pleural fluid on one or both sides, in [0, 1].
         noise: Relative standard deviation of the counts behind 120 mm of soft tissue at 256 pixels, in [0, 1]; a
             larger pixel collects more quanta, so the noise falls with the size. 0 renders without noise.
+        lesion_size: Factor in [0.5, 2] on the radius of nodules (1: 5 to 20 mm) and on the height of fluid (1: up to a
+            third of the lung). Larger ones are easier to find.
 
     Raises:
         ConfigError: A setting is out of its range.
@@ -81,12 +83,14 @@ class PhantomConfig:
     nodule_prevalence: float = 0.35
     effusion_prevalence: float = 0.35
     noise: float = 0.02
+    lesion_size: float = 1.0
 
     def __post_init__(self) -> None:
         ranges = {"count": (1, 10**8), "seed": (0, 2**32 - 1), "size": (32, 1024)}
+        factors = {"lesion_size": (0.5, 2.0)}
         for field in dataclasses.fields(self):
             whole = field.name in ranges
-            low, high = ranges.get(field.name, (0, 1))
+            low, high = {**ranges, **factors}.get(field.name, (0, 1))
             value = getattr(self, field.name)
             if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
                 kind, example = (
@@ -155,7 +159,7 @@ def _scene(config: PhantomConfig, index: int) -> tuple[Anatomy, Study]:
     patient, number = table.patient[index], table.study[index]
     anatomy = draw_anatomy(config.seed, patient, table.sex[patient])
     prevalences = (config.nodule_prevalence, config.effusion_prevalence)
-    study = draw_study(anatomy, config.seed, patient, number, prevalences)
+    study = draw_study(anatomy, config.seed, patient, number, prevalences, config.lesion_size)
     return chest(anatomy, study), study
 
 

@@ -131,7 +131,9 @@ def draw_anatomy(seed: int, patient: int, sex: str) -> Anatomy:
     )  # fmt: skip
 
 
-def draw_study(anatomy: Anatomy, seed: int, patient: int, number: int, prevalences: tuple[float, float]) -> Study:
+def draw_study(
+    anatomy: Anatomy, seed: int, patient: int, number: int, prevalences: tuple[float, float], lesion_size: float
+) -> Study:
     """Draw study ``number`` (from 1) of a patient from ``SeedSequence([seed, patient, number])``.
 
     Numbers start at 1 because numpy pads short entropy with zeros: [seed, patient, 0] would repeat [seed, patient].
@@ -157,9 +159,9 @@ def draw_study(anatomy: Anatomy, seed: int, patient: int, number: int, prevalenc
     if has_fluid:
         pick = u()
         sides = (-1, 1) if pick < 0.2 else ((-1,) if pick < 0.6 else (1,))
-        study = study._replace(fluids=tuple(_fluid(body, s, u(), u(22, 46), u(5, 12)) for s in sides))
+        study = study._replace(fluids=tuple(_fluid(body, s, u(), lesion_size, u(22, 46), u(5, 12)) for s in sides))
     if has_nodule:
-        study = study._replace(nodules=place_nodules(body, study, rng))
+        study = study._replace(nodules=place_nodules(body, study, lesion_size, rng))
     return study
 
 
@@ -172,10 +174,10 @@ def chest(anatomy: Anatomy, study: Study) -> Anatomy:
     return anatomy._replace(domes=domes, heart=heart)
 
 
-def _fluid(body: Anatomy, side: int, severity: float, fall: float, blur: float) -> Fluid:
-    """Fluid from a blunted angle (severity 0) to about a third of the lung's height (1)."""
+def _fluid(body: Anatomy, side: int, severity: float, lesion_size: float, fall: float, blur: float) -> Fluid:
+    """Fluid from a blunted angle (severity 0) to about a third of the lung's height (1), times ``lesion_size``."""
     angle = _angle(body, side)
-    fluid = Fluid(side, angle - 18.0 - severity**1.2 * (angle - body.apex) / 3.0, fall, blur)
+    fluid = Fluid(side, angle - 18.0 - lesion_size * severity**1.2 * (angle - body.apex) / 3.0, fall, blur)
     x = side * (body.inner + (_reach(body, side) - body.inner) * 0.97 * (1.0 - _LATTICE_X))  # from the side inwards
     hidden = fluid_top(body, fluid, x) > lung_outline(body, x, x)[2] - 5.0  # a thinner layer is cut off too
     return fluid._replace(medial=abs(float(x[0, int(np.argmax(hidden))])) if hidden.any() else 0.0)
@@ -259,10 +261,10 @@ def to_body(study: Study, x: Array, y: Array) -> tuple[Array, Array]:
     return np.asarray(c * x + s * y, dtype=np.float32), np.asarray(c * y - s * x, dtype=np.float32)
 
 
-def place_nodules(body: Anatomy, study: Study, rng: np.random.Generator) -> tuple[Nodule, ...]:
+def place_nodules(body: Anatomy, study: Study, lesion_size: float, rng: np.random.Generator) -> tuple[Nodule, ...]:
     """Draw 1 to 3 nodules in the visible lungs, off the fluid and off each other.
 
-    Radius is log-uniform in 0.012 to 0.05 of the image width. Of 48 random places the first one with room is taken;
+    Radius is log-uniform in 0.012 to 0.05 of the image width, times ``lesion_size``. Of 48 random places the first one with room is taken;
     where none has, the one with most room.
     """
     a, b = rng.random((2, 3, 48), dtype=np.float32)
@@ -278,7 +280,7 @@ def place_nodules(body: Anatomy, study: Study, rng: np.random.Generator) -> tupl
     room = np.minimum(room, 0.5 * FIELD_MM - np.maximum(np.abs(px), np.abs(py)))
     found: list[Nodule] = []
     for k in range(1 + int(3 * rng.random())):
-        radius = FIELD_MM * 0.012 * (0.05 / 0.012) ** sizes[k][0]
+        radius = lesion_size * FIELD_MM * 0.012 * (0.05 / 0.012) ** sizes[k][0]
         free = room[k]
         for other in found:
             free = np.minimum(free, np.hypot(px[k] - other.x, py[k] - other.y) - other.radius - 0.2 * radius)

@@ -33,7 +33,8 @@ class ViewsConfig:
     Attributes:
         size: Side of a view in pixels.
         scale: Area of the crop as a share of the image.
-        aspect: Width over height of the crop in image pixels; log-uniform.
+        aspect: Width over height of the crop in image pixels; log-uniform. A side that would be longer than the image's
+            is cut to it, so a large crop of an elongated image has a smaller area and an aspect nearer to the image's.
         rotation: Largest rotation in degrees, either way.
         flip: Probability of a horizontal flip. 0: laterality is information in a chest radiograph.
         gamma: Exponent of the intensity; log-uniform. 1 changes nothing.

@@ -22,7 +22,7 @@ class CrossViewAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int = 8) -> None:
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise ConfigError(
                 f"method.heads = {heads} does not divide the {dim} channels of the last map; "
                 f"use one of {[h for h in (1, 2, 4, 8, 16) if dim % h == 0]}"

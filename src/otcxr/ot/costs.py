@@ -7,10 +7,12 @@ from torch import Tensor
 
 __all__ = ["at_least_float32", "cosine_cost"]
 
+_ZERO = 1e-12  # norms up to this count as zero
+
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Raise half precision to float32; leave float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    """Raise half precision and whole numbers to float32; leave float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
@@ -23,7 +25,8 @@ def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
     Args:
         x: Features, shape (..., n, d), any real dtype; half precision is raised to float32.
         y: Features, shape (..., m, d), same leading dimensions.
-    Returns: Costs in [0, 2], shape (..., n, m). A zero vector has cost 1 to everything. Differentiable in both.
+    Returns: Costs in [0, 2], shape (..., n, m). A zero vector has cost 1 to everything and no
+        gradient. Differentiable in both.
     Raises: ValueError: the shapes do not fit together.
     Source: METHOD step 6; the cosine is that of OTCXR (WACV 2025), the sign is ours.
     """
@@ -34,9 +37,15 @@ def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
         )
     with torch.autocast(x.device.type, enabled=False):
         x, y = at_least_float32(x), at_least_float32(y)
-        x = torch.nn.functional.normalize(x, dim=-1)
-        y = torch.nn.functional.normalize(y, dim=-1)
+        x, y = _unit(x), _unit(y)
         # Rounding may leave the range by one unit in the last place; clamping there would cut the gradient, so the
         # value is pulled into [0, 2] without touching the gradient.
         cost = 1.0 - x @ y.transpose(-1, -2)
         return cost + (cost.detach().clamp(0.0, 2.0) - cost.detach())
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x|; zero, with zero gradient, for a zero vector (a floor under |x| would give it a gradient of 1e12)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    present = norm > _ZERO
+    return torch.where(present, x / torch.where(present, norm, 1.0), 0.0)

@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from otcxr.ot.costs import at_least_float32
 
 __all__ = ["Transport", "entropy", "sinkhorn"]
 
 _BLOCK = 10  # iterations between two exact evaluations of plan and residual
-_MASS_TOLERANCE = 1e-3  # how far a sum of masses may be from 1
+_MASS_TOLERANCE = 1e-3  # how far a sum of masses may be from 1; one rounding of a coarser type is allowed, too
+_VANISHING = 1e-25  # smaller masses move nothing; their potentials are computed at the end from the others'
 
 
 class Transport(NamedTuple):
@@ -97,8 +97,8 @@ def sinkhorn(
         )
     if reach is not None:
         raise ValueError(f"reach={reach!r} is not available: only None (exact marginals) is solved; leave reach out")
-    if not epsilon > 0:
-        raise ValueError(f"epsilon must be > 0, received {epsilon}")
+    if not 0 < epsilon < float("inf"):
+        raise ValueError(f"epsilon must be finite and > 0, received {epsilon}")
     if not tolerance > 0 or max_iterations < 1:
         raise ValueError(f"tolerance must be > 0 and max_iterations >= 1, received {tolerance} and {max_iterations}")
     if cost.dim() < 2 or cost.shape[-1] == 0 or cost.shape[-2] == 0:
@@ -120,10 +120,11 @@ def _masses(mass: Tensor | None, name: str, cost: Tensor, shape: tuple[int, ...]
         return cost.new_full(shape, 1.0 / shape[-1])
     if tuple(mass.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(mass.shape)} but cost {tuple(cost.shape)} needs {tuple(shape)}")
+    allowed = max(_MASS_TOLERANCE, torch.finfo(mass.dtype).eps) if mass.is_floating_point() else _MASS_TOLERANCE
     mass = mass.to(cost.dtype)
     flat = mass.detach().reshape(-1, shape[-1])
     total = flat.sum(-1)
-    bad = ~(flat >= 0).all(-1) | ~((total - 1).abs() <= _MASS_TOLERANCE)
+    bad = ~(flat >= 0).all(-1) | ~((total - 1).abs() <= allowed)
     if bad.any():
         first = int(bad.nonzero()[0])
         raise ValueError(
@@ -171,11 +172,25 @@ class _Solve(torch.autograd.Function):
         return plan, value, f, g, residual, iterations, converged
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan, f, g = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad = grads[1].unsqueeze(-1)
-        return grad.unsqueeze(-1) * plan, grad * f, grad * g, None, None, None
+        grad = grads[1].detach().unsqueeze(-1)
+        out = (grad.unsqueeze(-1) * plan, grad * f, grad * g)
+        if torch.is_grad_enabled():  # create_graph: the second derivative must not be taken for zero
+            out = _Refuse.apply(*(x.detach().requires_grad_() for x in out))  # type: ignore[no-untyped-call]
+        return *out, None, None, None
+
+
+class _Refuse(torch.autograd.Function):
+    """Hand gradients on; differentiating them is an error. (``once_differentiable`` lets a constant factor through.)"""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in gradients)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("sinkhorn can be differentiated once only: its gradient is the plan and the potentials")
 
 
 def _solve(
@@ -189,6 +204,7 @@ def _solve(
         return plan, f, g, residual, iterations
 
     log_a, log_b = a.log(), b.log()
+    whole = cost, a, b, log_a, log_b
     f_now, g_now, spent = _warm_start(cost, log_a, log_b, epsilon, max_iterations)
     active = torch.arange(cost.shape[0], device=cost.device)
     while True:
@@ -213,6 +229,13 @@ def _solve(
             v = _scaling(b, torch.bmm(u.unsqueeze(1), kernel).squeeze(1))
         spent += block
         f_now, g_now = f_now + epsilon * u.log(), g_now + epsilon * v.log()
+
+    cost, a, b, log_a, log_b = whole
+    vanishing_a, vanishing_b = (a > 0) & (a < _VANISHING), (b > 0) & (b < _VANISHING)
+    if vanishing_a.any() or vanishing_b.any():
+        f = torch.where(vanishing_a, _soft_minimum(cost, g, log_b, epsilon), f)
+        g = torch.where(vanishing_b, _soft_minimum(cost.transpose(-1, -2), f, log_a, epsilon), g)
+        plan = _plan(cost, f, g, log_a, log_b, epsilon)
     return plan, f, g, residual, iterations
 
 
@@ -254,8 +277,8 @@ def _plan(cost: Tensor, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor, epsi
 
 
 def _scaling(mass: Tensor, marginal: Tensor) -> Tensor:
-    """mass / marginal; 1 where there is no mass. The clamp only keeps far-off intermediate states finite."""
-    return torch.where(mass > 0, mass / marginal.clamp_min(1e-30), 1.0).clamp(1e-15, 1e15)
+    """mass / marginal; 1 where there is no mass. The clamps only keep far-off intermediate states finite."""
+    return torch.where(mass >= _VANISHING, mass / marginal.clamp_min(1e-30), 1.0).clamp(1e-15, 1e15)
 
 
 def _centre(f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,206 @@
+"""The linear probe: it finds planted signal, ignores what it must, and its numbers are those of the statistics."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from otcxr.console import SilentProgress
+from otcxr.data import open_collection
+from otcxr.data.records import Collection
+from otcxr.errors import ConfigError, DataError
+from otcxr.evaluation import evaluate
+from otcxr.evaluation.classify import fit_probe
+from otcxr.evaluation.features import calibrate_norms, encoder_digest, pooled_features
+from otcxr.evaluation.results import rows_of
+from otcxr.evaluation.statistics import evaluate_scores
+from otcxr.evaluation.tasks import EvaluateConfig, random_twin
+from otcxr.nn.encoder import build_encoder
+
+
+def planted(seed, images=400, patients=150, signal=1.5, dims=12):
+    """Features whose first dimension carries a finding; every patient has an offset shared by its images."""
+    generator = np.random.default_rng(seed)
+    patient = generator.integers(0, patients, images)
+    label = generator.integers(0, 2, images).astype(float)
+    features = generator.standard_normal((images, dims)) + generator.standard_normal((patients, dims))[patient]
+    features[:, 0] += signal * label
+    return features.astype(np.float32), label[:, None], [f"P{p}" for p in patient]
+
+
+def probe(features, labels, patients, findings=("A",), **changes):
+    settings = {"strengths": (0.01, 0.1, 1.0), "folds": 3, "seed": 0} | changes
+    return fit_probe(features, labels, patients, findings, **settings)
+
+
+def test_probe_finds_a_planted_signal_in_new_images():
+    fitted = probe(*planted(0))
+    features, labels, patients = planted(1)
+    table = evaluate_scores(labels, fitted.score(features), patients, ("A",), resamples=200)
+    assert table.findings[0].auroc.low > 0.65
+    assert abs(fitted.weights[0, 0]) > 3 * np.abs(fitted.weights[0, 1:]).max()
+
+
+def test_probe_equals_scikit_learn_on_raw_features():
+    from sklearn.linear_model import LogisticRegression
+
+    features, labels, patients = planted(2)
+    fitted = probe(features * 7 + 3, labels, patients, strengths=(0.1,))
+    mean, std = features.mean(0), features.std(0)
+    oracle = LogisticRegression(C=0.1, tol=1e-8, max_iter=1000).fit((features - mean) / std, labels[:, 0])
+    expected = oracle.decision_function((features - mean) / std)
+    assert np.abs(fitted.score(features * 7 + 3)[:, 0] - expected).max() < 5e-3
+
+
+def test_probe_leaves_unassessed_images_and_rare_findings_out():
+    features, labels, patients = planted(3)
+    wild = np.vstack((features, 100 + features[:50]))
+    unknown = np.vstack((labels, np.full((50, 1), np.nan)))
+    rare = np.zeros((len(wild), 1))
+    rare[0] = 1
+    fitted = probe(wild, np.hstack((unknown, rare)), [*patients, *patients[:50]], ("A", "Rare"))
+    assert fitted.strength[0] > 0
+    assert fitted.strength[1] == 0
+    assert (fitted.weights[1] == 0).all()
+
+
+def test_constant_features_do_not_divide_by_zero():
+    features, labels, patients = planted(4)
+    features[:, 3] = 5.0
+    assert np.isfinite(probe(features, labels, patients).weights).all()
+
+
+def test_folds_never_part_a_patient():
+    """With random labels per patient, folds that part patients would favour the weakest penalty."""
+    generator = np.random.default_rng(5)
+    patient = np.repeat(np.arange(40), 10)
+    label = generator.integers(0, 2, 40)[patient].astype(float)[:, None]
+    features = generator.standard_normal((40, 30))[patient] + 0.01 * generator.standard_normal((400, 30))
+    fitted = fit_probe(
+        features.astype(np.float32), label, [str(p) for p in patient], ("A",), strengths=(1e-4, 100.0), folds=4, seed=0
+    )
+    # Judged on unseen patients no penalty is better than chance; parted patients would give 100.0 an AUROC of 1.
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    splits = StratifiedGroupKFold(4, shuffle=True, random_state=0).split(features, label[:, 0], patient)
+    assert all(not set(patient[a]) & set(patient[b]) for a, b in splits)
+    assert fitted.strength[0] in (1e-4, 100.0)
+
+
+@pytest.fixture(scope="module")
+def judged():
+    encoder = build_encoder("resnet18", width=4, stride=16, seed=11)
+    collection = open_collection("phantom:240,seed=6,size=32")
+    config = EvaluateConfig(size=32, resamples=100)
+    return evaluate("linear", encoder, collection, ("train", "test"), config), collection, config
+
+
+def test_result_is_that_of_the_statistics_on_its_own_scores(judged):
+    evaluation, collection, _ = judged
+    patients = [record.patient for record in collection.split("test").records]
+    table = evaluate_scores(evaluation.labels, evaluation.scores, patients, collection.findings, resamples=100)
+    for row in table.findings:
+        assert evaluation.result["findings"][row.finding]["auroc"]["value"] == pytest.approx(row.auroc.value)
+        assert evaluation.result["findings"][row.finding]["auroc"]["low"] == pytest.approx(row.auroc.low)
+    assert evaluation.result["macro"]["auroc"]["high"] == pytest.approx(table.macro.auroc.high)
+    assert evaluation.result["splits"]["test"]["images"] == len(patients)
+
+
+def test_differences_are_encoder_minus_random(judged):
+    result = judged[0].result
+    for finding, row in result["findings"].items():
+        gap = row["auroc"]["value"] - result["random"]["findings"][finding]["auroc"]["value"]
+        assert result["difference"]["findings"][finding]["auroc"]["value"] == pytest.approx(gap)
+
+
+def test_groups_within_a_view_hold_all_images_once(judged):
+    result = judged[0].result
+    sizes = [part["findings"]["Nodule"]["n"] for part in result["within"].values()]
+    assert sum(sizes) == result["findings"]["Nodule"]["n"]
+
+
+def test_result_is_json_and_rows_repeat_it(judged):
+    result = judged[0].result
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    rows = rows_of(result)
+    macro = next(r for r in rows if (r["images"], r["finding"], r["measure"]) == ("all", "macro", "auroc"))
+    assert macro["difference_low"] == result["difference"]["macro"]["auroc"]["low"]
+    assert len(rows) == 3 * (2 + 1) * 2
+
+
+def test_judging_twice_gives_the_same_numbers(judged):
+    evaluation, collection, config = judged
+    encoder = build_encoder("resnet18", width=4, stride=16, seed=11)
+    again = evaluate("linear", encoder, collection, ("train", "test"), config)
+    assert np.array_equal(again.scores, evaluation.scores)
+    assert again.result["random"] == evaluation.result["random"]
+
+
+def test_the_random_twin_is_the_same_architecture_with_other_weights():
+    encoder = build_encoder("resnet18", width=4, stride=16, seed=1)
+    twin = random_twin(encoder, 0)
+    assert twin.architecture == encoder.architecture
+    assert not torch.equal(twin.state_dict()["conv1.weight"], encoder.state_dict()["conv1.weight"])
+
+
+def test_calibrating_norms_changes_statistics_only():
+    collection = open_collection("phantom:24,seed=1,size=32")
+    encoder = build_encoder("resnet18", width=4, seed=0)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    calibrate_norms(encoder, collection.records, 32, 8, lambda done: None)
+    after = encoder.state_dict()
+    for name, value in before.items():
+        if name.endswith("running_mean"):
+            assert not torch.equal(after[name], value), name
+        elif "running" not in name and "tracked" not in name:
+            assert torch.equal(after[name], value), name
+    assert not encoder.training
+
+
+def test_features_are_cached_by_encoder_and_images(tmp_path):
+    records = open_collection("phantom:12,seed=1,size=32").records
+    first, second = (build_encoder("resnet18", width=4, seed=s) for s in (0, 1))
+    assert encoder_digest(first) != encoder_digest(second)
+
+    def features(encoder, size=32):
+        return pooled_features(encoder, records, size, 4, tmp_path, SilentProgress(), "features")
+
+    one = features(first)
+    assert one.shape == (12, 32)
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+    assert np.array_equal(features(first), one)
+    assert not np.array_equal(features(second), one)
+    features(first, 48)
+    assert len(list(tmp_path.glob("*.npy"))) == 3
+    # a cached file is really what is read
+    for path in tmp_path.glob("*.npy"):
+        np.save(path, np.zeros((12, 32), np.float32))
+    assert (features(first) == 0).all()
+
+
+def test_refusals_name_the_fix():
+    encoder = build_encoder("resnet18", width=4, seed=0)
+    phantoms = open_collection("phantom:24,seed=1,size=32")
+    with pytest.raises(ConfigError, match="unknown task 'liner'; did you mean 'linear'"):
+        evaluate("liner", encoder, phantoms, ("train", "test"), EvaluateConfig(size=32))
+    with pytest.raises(DataError, match="has no labels"):
+        evaluate("linear", encoder, Collection("x", (), ()), ("train", "test"), EvaluateConfig(size=32))
+    with pytest.raises(DataError, match="no record in split 'tset'; did you mean 'test'"):
+        evaluate("linear", encoder, phantoms, ("train", "tset"), EvaluateConfig(size=32))
+    with pytest.raises(ConfigError, match="within may hold"):
+        EvaluateConfig(within=("age",))
+
+
+def test_csv_of_a_run(tmp_path, judged):
+    from otcxr.evaluation.results import write_evaluation
+    from otcxr.runs import Run
+
+    write_evaluation(Run(tmp_path), judged[0])
+    with (tmp_path / "evaluation" / "linear.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["images"] == "all"
+    assert float(rows[0]["value"]) == judged[0].result["findings"]["Nodule"]["auroc"]["value"]
+    with np.load(tmp_path / "evaluation" / "linear.npz") as arrays:
+        assert np.array_equal(arrays["scores"], judged[0].scores)
