@@ -241,7 +241,7 @@ def test_a_damaged_file_is_refused_in_one_line(saved, name, damage):
 
 def test_load_state_names_the_first_difference():
     small, large = seeded(lambda: nn.Linear(2, 2)), seeded(lambda: nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(CheckpointError, match="here lacks '0.weight'"):
+    with pytest.raises(CheckpointError, match=r"here lacks '0\.weight'"):
         load_state(large, small.state_dict(), "here")
     with pytest.raises(CheckpointError, match="here has 'more', which this network lacks"):
         load_state(small, {**small.state_dict(), "more": torch.zeros(1)}, "here")

@@ -558,6 +558,16 @@ def test_entropy():
     assert entropy(plan).shape == (2, 3)
 
 
+def test_entropy_gradient_is_finite_where_there_is_no_mass():
+    mass = torch.tensor([0.0, 1e-42, 0.3, 0.7], requires_grad=True)
+    entropy(mass).backward()
+    assert mass.grad.isfinite().all()
+    close(mass.grad[2:], -np.log([0.3, 0.7]) - 1, atol=1e-6)
+    assert mass.grad[0] > 80  # the slope at 0 is infinite: it must still pull mass there
+    assert gradcheck(entropy, masses(2, 5).requires_grad_(), atol=1e-8)
+    assert entropy(torch.full((9,), 1 / 9, dtype=torch.bfloat16)).dtype == torch.float32
+
+
 def test_ot_needs_nothing_else_of_otcxr():
     code = "import sys, otcxr.ot; print(*sorted(m for m in sys.modules if m.startswith('otcxr')))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -52,7 +52,8 @@ def decode_dicom(data: bytes, where: str) -> tuple[NDArray[np.float32], NDArray[
         except DataError:
             raise
         except Exception as error:  # decoders raise many types; the file is at fault in all of them
-            raise DataError(f"{where}: pixels cannot be decoded: {error}; copy it again or convert it") from error
+            reason = " ".join(str(error).split())  # pydicom lists its decoders over several lines
+            raise DataError(f"{where}: pixels cannot be decoded: {reason}; copy it again or convert it") from error
 
 
 class _NoWarnings:
@@ -141,7 +142,7 @@ def _window(
     function = str(dataset.get("VOILUTFunction", "LINEAR") or "LINEAR").upper()
     if center is not None and width is not None and width > 0:
         if function == "SIGMOID":
-            sigmoid: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-4.0 * (values - center) / width))
+            sigmoid: NDArray[np.float64] = 1.0 / (1.0 + np.exp(np.minimum(-4.0 * (values - center) / width, 700.0)))
             return sigmoid
         if function == "LINEAR_EXACT":
             return (values - center) / width + 0.5

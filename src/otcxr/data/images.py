@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -18,7 +19,7 @@ __all__ = ["IMAGE_SUFFIXES", "border_valid", "fit_square", "is_dicom", "load_ima
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".dcm", ".dicom"})
 
-_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
 def load_image(path: str | Path) -> Tensor:
@@ -92,10 +93,12 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 def _decode(data: bytes, path: Path) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    # OpenCV fills the missing part of a cut file with grey and says nothing, so the end is checked here.
+    # OpenCV fills the missing part of a cut file with grey and says nothing, and takes gigabytes and seconds for a
+    # chunk whose length is damaged, so both are checked here.
     if data.startswith(_PNG_START):
-        if _PNG_END not in data[-64:]:
-            raise DataError(f"{path} is a PNG that is cut short ({len(data)} bytes, no end marker); copy it again")
+        fault = _png_fault(data)
+        if fault:
+            raise DataError(f"{path} is a PNG that is {fault} ({len(data)} bytes); copy it again")
     elif data.startswith(b"\xff\xd8"):
         if not _jpeg_ends(data):
             raise DataError(f"{path} is a JPEG that is cut short ({len(data)} bytes, no end marker); copy it again")
@@ -119,6 +122,21 @@ def _decode(data: bytes, path: Path) -> tuple[NDArray[np.float32], NDArray[np.bo
     elif array.ndim == 3:
         array = array[..., 0]
     return array.astype(np.float32) / np.float32(scale), valid
+
+
+def _png_fault(data: bytes) -> str | None:
+    """What is wrong with the chunks of a PNG: cut short, damaged (a checksum disagrees) or None."""
+    at, view = len(_PNG_START), memoryview(data)
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(view[at : at + 4], "big")
+        if end > len(data):
+            break
+        if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            return "damaged"
+        if data[at + 4 : at + 8] == b"IEND":
+            return None
+        at = end
+    return "cut short"
 
 
 def _jpeg_ends(data: bytes) -> bool:

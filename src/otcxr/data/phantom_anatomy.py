@@ -264,8 +264,8 @@ def to_body(study: Study, x: Array, y: Array) -> tuple[Array, Array]:
 def place_nodules(body: Anatomy, study: Study, lesion_size: float, rng: np.random.Generator) -> tuple[Nodule, ...]:
     """Draw 1 to 3 nodules in the visible lungs, off the fluid and off each other.
 
-    Radius is log-uniform in 0.012 to 0.05 of the image width, times ``lesion_size``. Of 48 random places the first one with room is taken;
-    where none has, the one with most room.
+    Radius is log-uniform in 0.012 to 0.05 of the image width, times ``lesion_size``. Of 48 random places the first one
+    with room is taken; where none has, the one with most room.
     """
     a, b = rng.random((2, 3, 48), dtype=np.float32)
     sizes = rng.random((3, 2)).tolist()

@@ -128,7 +128,7 @@ def load_encoder(path: str | Path) -> Encoder:
         facts = json.loads(description.read_text())
         encoder = build_encoder(**facts["architecture"])
         state = load_file(weights)
-    except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, ConfigError, SafetensorError) as error:
         raise CheckpointError(
             f"{weights} cannot be read: {error}; it may be cut short, export the run again"
         ) from error
@@ -142,15 +142,15 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str) -> No
     Raises: CheckpointError: names or shapes differ.
     """
     own = module.state_dict()
-    for name in own:
+    for name, value in own.items():
         if name not in state:
             raise CheckpointError(f"{where} lacks '{name}': it belongs to another architecture; set encoder.* as saved")
-    for name, value in state.items():
-        if name not in own:
-            raise CheckpointError(f"{where} has '{name}', which this network lacks; set encoder.* and method as saved")
-        if value.shape != own[name].shape:
+        if state[name].shape != value.shape:
             raise CheckpointError(
-                f"{where}: '{name}' has shape {tuple(value.shape)}, this network needs {tuple(own[name].shape)}; "
+                f"{where}: '{name}' has shape {tuple(state[name].shape)}, this network needs {tuple(value.shape)}; "
                 "set encoder.name, encoder.width and method.* as saved"
             )
+    for name in state:
+        if name not in own:
+            raise CheckpointError(f"{where} has '{name}', which this network lacks; set encoder.* and method as saved")
     module.load_state_dict(dict(state))

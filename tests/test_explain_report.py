@@ -1,0 +1,171 @@
+"""Pictures and page: made from files, aligned with the pixels, safe against markup, complete and offline."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from otcxr.attribution import ProbedEncoder, heat_map
+from otcxr.data.images import fit_square
+from otcxr.data.records import Box
+from otcxr.errors import DataError
+from otcxr.explain import _in_square, draw_heat_maps, draw_pair, explain_probe
+from otcxr.nn.encoder import build_encoder, pool
+from otcxr.report import write_report
+from otcxr.runs import Run
+
+CELLS = 4
+
+
+def pair(shift=0):
+    """A stored pair of identical views whose plan sends every position ``shift`` columns to the right."""
+    n = CELLS * CELLS
+    plan = np.zeros((n, n), np.float32)
+    for i in range(n):
+        plan[i, i // CELLS * CELLS + (i % CELLS + shift) % CELLS] = 1 / n
+    view = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    identity = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
+    return {
+        "view_s": view.astype(np.float16), "view_t": view.astype(np.float16),
+        "geometry": np.stack((identity, identity)),
+        "valid_s": np.ones((CELLS, CELLS), bool), "valid_t": np.ones((CELLS, CELLS), bool),
+        "cost": 1 - np.eye(n, dtype=np.float32), "plan": plan, "a": np.full(n, 1 / n, np.float32),
+        "b": np.full(n, 1 / n, np.float32), "name": np.array("image.png"), "boxes": np.zeros((0, 4)),
+        "findings": np.array([], dtype=np.str_),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("shift", "share"), [(0, "100%"), (2, "0%"), (1, "75%")])
+def test_the_picture_says_how_many_positions_are_matched(shift, share):
+    figure, text = draw_pair(pair(shift))
+    assert f"{share} of 16" in text
+    assert len(figure.axes) >= 5
+
+
+def test_pictures_of_pairs_that_share_nothing():
+    arrays = pair()
+    arrays["geometry"][1, 0, 2] = 5.0
+    _, text = draw_pair(arrays)
+    assert "none" in text
+
+
+def probed(findings=2, seed=0):
+    encoder = build_encoder("resnet18", width=4, stride=16, seed=seed).eval()
+    generator = np.random.default_rng(seed)
+    return encoder, generator.standard_normal((findings, 32)), generator.standard_normal(findings)
+
+
+def test_probed_encoder_gives_the_probe_s_logits():
+    encoder, weights, bias = probed()
+    images = torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = pool(encoder(images)).detach().numpy() @ weights.T + bias
+    assert np.allclose(ProbedEncoder(encoder, weights, bias)(images).detach().numpy(), expected, atol=1e-5)
+
+
+def test_heat_map_is_the_class_activation_map_of_a_linear_probe():
+    encoder, weights, bias = probed()
+    images = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+    shown = heat_map(ProbedEncoder(encoder, weights, bias), images, 1)
+    last = encoder(images)[-1].detach()
+    cam = torch.einsum("c,bchw->bhw", torch.from_numpy(weights[1]).float(), last).clamp_min(0) / last[0, 0].numel()
+    fine = torch.nn.functional.interpolate(cam[:, None], (64, 64), mode="bilinear")[:, 0]
+    assert shown.shape == (2, 64, 64)
+    assert torch.allclose(shown, fine, atol=1e-6)
+    assert float(shown.max()) > 0
+
+
+def test_boxes_stay_on_what_they_mark_in_a_non_square_image():
+    image = torch.zeros(1, 60, 100)
+    box = Box("Mass", x=70, y=10, width=20, height=30)
+    image[0, 10:40, 70:90] = 1
+    size = 50
+    shown = fit_square(image, size)[0].numpy()
+    x, y, width, height = (value * size for value in _in_square(box, 60, 100))
+    rows, columns = np.nonzero(shown > 0.5)
+    assert (rows.min(), rows.max() + 1) == pytest.approx((y, y + height), abs=1)
+    assert (columns.min(), columns.max() + 1) == pytest.approx((x, x + width), abs=1)
+
+
+def test_a_box_is_drawn_where_the_pixels_are():
+    """Render the figure and look for the frame's colour around a planted white square."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    image = np.zeros((50, 50), np.float32)
+    image[10:20, 30:45] = 1
+    figure = draw_heat_maps([image], np.zeros((1, 50, 50), np.float32), [[(0.6, 0.2, 0.3, 0.2)]], ["x"], "Mass")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+    top = figure.axes[0].get_window_extent()
+    height = pixels.shape[0]
+    inset = 4  # off the white ground around the panel
+    panel = pixels[
+        int(height - top.y1) + inset : int(height - top.y0) - inset, int(top.x0) + inset : int(top.x1) - inset
+    ]
+    yellow = (panel[..., 0] > 200) & (panel[..., 1] > 190) & (panel[..., 2] < 120)
+    white = panel.min(-1) > 230
+    rows, columns = np.nonzero(yellow)
+    inner_rows, inner_columns = np.nonzero(white)
+    assert rows.min() <= inner_rows.min() <= inner_rows.max() <= rows.max()
+    assert columns.min() <= inner_columns.min() <= inner_columns.max() <= columns.max()
+    assert abs(int(rows.min()) - int(inner_rows.min())) < 6
+    assert abs(int(columns.max()) - int(inner_columns.max())) < 6
+
+
+def test_heat_maps_without_a_probe_name_the_step_before(tmp_path):
+    with pytest.raises(DataError, match="run 'otcxr evaluate"):
+        explain_probe(Run(tmp_path), probed()[0], [], 64)
+
+
+def small_run(path: Path, name="<b>bold</b> & co") -> Run:
+    run = Run(path)
+    run.path.mkdir(parents=True)
+    run.write_config({"data": {"source": name, "split": "train"}, "method": {"name": "otcxr"}, "train": {"epochs": 3}})
+    health = {"effective_rank": 3.0, "effective_rank_limit": 7.0, "spatial_diversity": 0.5, "hits": 0.4,
+              "hits_nearest_neighbour": 0.3, "hits_chance": 0.2, "entropy_plan": 3.0, "entropy_mu": 2.0,
+              "entropy_nu": 2.1, "entropy_independent": 4.1}  # fmt: skip
+    for step in (1, 2, 3):
+        run.append_metrics({"step": step, "epoch": float(step), "loss": 3.0 / step, "transport": 0.5, "chance": 2.0,
+                            "images_per_s": 100.0, "elapsed_s": 60.0 * step, "health": health,
+                            "verdict": {"healthy": step > 1, "text": "healthy: it learns"}})  # fmt: skip
+    return run
+
+
+def test_page_is_one_offline_file_with_every_section(tmp_path):
+    run = small_run(tmp_path / "run")
+    page = write_report([run], tmp_path / "page.html").read_text()
+    for section in ("Data", "Training", "Health", "Evaluation", "Pictures", "Settings and provenance"):
+        assert f"<h2>{section}</h2>" in page
+    assert not re.search(r"(src|href)=[\"'](?!data:|#)", page)
+    assert "@import" not in page
+    assert "<script" not in page
+    assert "it learns" in page
+    assert page.count("<svg") >= 5
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_names_with_markup_are_shown_as_text(tmp_path):
+    page = write_report([small_run(tmp_path / "run")], tmp_path / "page.html").read_text()
+    assert "<b>bold</b>" not in page
+    assert "&lt;b&gt;bold&lt;/b&gt; &amp; co" in page
+
+
+def test_a_run_that_has_only_begun_has_a_page_too(tmp_path):
+    run = Run(tmp_path / "run")
+    run.path.mkdir()
+    run.write_config({"data": {"source": "x", "split": "train"}, "method": {"name": "simclr"}, "train": {"epochs": 3}})
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert "No curves yet" in page
+    assert "Not evaluated yet" in page
+
+
+def test_several_runs_share_a_page(tmp_path):
+    runs = [small_run(tmp_path / name) for name in ("first", "second")]
+    page = write_report(runs, tmp_path / "page.html").read_text()
+    assert 'href="#run-2"' in page
+    assert "first" in page
+    assert "second" in page
+    with pytest.raises(DataError, match="no runs"):
+        write_report([], tmp_path / "none.html")

@@ -1,0 +1,664 @@
+"""Methods: the contract of every row of the table, and every term of OTCXR against its formula."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from oracles import (
+    cosine_cost_by_loops,
+    covariance_by_loops,
+    nt_xent_by_loops,
+    sinkhorn_by_loop,
+    variance_by_loops,
+)
+from otcxr.data.geometry import ViewBatch
+from otcxr.errors import ConfigError, DataError
+from otcxr.health import observe, verdict
+from otcxr.methods import METHODS, Match
+from otcxr.methods.base import encode_views, tokens_of
+from otcxr.methods.otcxr import OTCXR, OTCXRSettings
+from otcxr.methods.simclr import SimCLR, SimCLRSettings
+from otcxr.nn.encoder import Architecture, Encoder, build_encoder
+from otcxr.ot import sinkhorn
+
+torch.set_num_threads(1)
+
+# Everything is said here, so no test depends on a default.
+EXPLICIT = OTCXRSettings(
+    mass="score", mass_gradient=True, temperature=0.5, floor=0.1, mass_area=0.95, mass_weight=0.7, infuse=False,
+    heads=4, hidden=16, outputs=8, epsilon=0.1, tolerance=1e-5, max_iterations=3000, objective="value", reach=None,
+    centred_cost=False, alpha=3.0, beta=2.0, eta=0.5, global_weight=0.0, variance_rows=("within-image",),
+    within_target=1.3,
+)  # fmt: skip
+VARIANTS = {
+    "score": EXPLICIT,
+    "score-infused": replace(EXPLICIT, infuse=True, centred_cost=True),
+    "attention": replace(EXPLICIT, mass="attention", mass_area=1.0, variance_rows=("tokens",)),
+    "attention-fixed": replace(EXPLICIT, mass="attention", mass_gradient=False, global_weight=0.6),
+    "attention-fixed-infused": replace(EXPLICIT, mass="attention", mass_gradient=False, infuse=True),
+    "uniform": replace(EXPLICIT, mass="uniform", variance_rows=("position",), centred_cost=True),
+    "uniform-infused": replace(EXPLICIT, mass="uniform", infuse=True, variance_rows=("pooled",)),
+    "pooled": replace(EXPLICIT, variance_rows=("pooled",), global_weight=1.5, mass_weight=0.0),
+    "all-rows": replace(EXPLICIT, variance_rows=("pooled", "tokens", "position", "within-image"), floor=0.5),
+    "no-rows": replace(EXPLICIT, variance_rows=(), centred_cost=True, global_weight=0.25),
+}
+CASES = {
+    **{name: (method.build, method.settings) for name, method in METHODS.items()},
+    **{f"otcxr:{name}": (OTCXR, settings) for name, settings in VARIANTS.items()},
+    "simclr:cold": (SimCLR, SimCLRSettings(hidden=16, outputs=8, temperature=0.1)),
+}
+each_case = pytest.mark.parametrize("case", CASES)
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+class Stub(Encoder):
+    """Gives the maps it was made with: what the encoder says is then known and can be changed by hand."""
+
+    def __init__(self, *maps):
+        super().__init__()
+        self.maps = nn.ParameterList([m.clone() for m in maps])  # one for each size of view, all views of it together
+        self.channels, self.strides = (maps[0].shape[1],), (16,)
+        self.architecture = Architecture("stub", 1, 4, 16)
+        self.calls = 0
+
+    def forward(self, images):
+        given = self.maps[self.calls % len(self.maps)]
+        self.calls += 1
+        assert len(images) == len(given)
+        return (given,)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def seeded(build, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def token_holes(batch, height, width, seed=0):
+    """Tokens that are there: about three quarters, at least two, other ones in every image."""
+    keep = torch.rand(batch, height * width, generator=torch.Generator().manual_seed(seed)) < 0.75
+    keep[:, :2] = True
+    return keep.reshape(batch, 1, height, width)
+
+
+def views(batch=4, sizes=(64, 64), stride=16, seed=0, holes=True):
+    """Random views whose absent tokens are exact blocks of ``stride`` pixels."""
+    pixels, valid = [], []
+    for v, size in enumerate(sizes):
+        pixels.append(torch.rand(batch, 1, size, size, generator=torch.Generator().manual_seed(seed + v)))
+        grid = token_holes(batch, size // stride, size // stride, seed + 10 + v)
+        whole = grid.repeat_interleave(stride, -1).repeat_interleave(stride, -2)
+        valid.append(whole if holes else torch.ones_like(whole))
+    geometry = torch.eye(3)[:2].expand(len(sizes), batch, 2, 3).clone()
+    return ViewBatch(tuple(pixels), geometry, tuple(valid))
+
+
+def valid_tokens(batch, stride=16):
+    return [v[:, 0, ::stride, ::stride].flatten(1) for v in batch.valid]
+
+
+def one_image(batch, i):
+    part = slice(i, i + 1)
+    return ViewBatch(tuple(v[part] for v in batch.views), batch.geometry[:, part], tuple(v[part] for v in batch.valid))
+
+
+def build(case, seed=0, width=8):
+    method, settings = CASES[case]
+    return seeded(lambda: method(build_encoder("resnet18", width=width, stride=16, seed=seed), settings), seed)
+
+
+def stubbed(settings, maps=None, seed=0, double=True, images=4):
+    """OTCXR on given maps (2B, 12, 4, 4), in double precision."""
+    maps = normal(2 * images, 12, 4, 4, seed=seed) if maps is None else maps
+    method = seeded(lambda: OTCXR(Stub(*([maps] if isinstance(maps, torch.Tensor) else maps)), settings), seed)
+    with torch.no_grad():  # a sharper attention and scores that differ: nothing may be nearly uniform by chance
+        if method.cross_view is not None:
+            method.cross_view.query.weight.mul_(6)
+        if method.score is not None:
+            method.score[1].weight.mul_(4)
+    return method.double() if double else method.float()
+
+
+def close(got, expected, atol=1e-9, rtol=1e-7):
+    np.testing.assert_allclose(np.asarray(got), np.asarray(expected), atol=atol, rtol=rtol)
+
+
+def gradients(method, loss):
+    method.zero_grad()
+    loss.backward()
+    return {k: p.grad for k, p in method.named_parameters()}
+
+
+def alive(gradient):
+    return gradient is not None and bool((gradient != 0).any())
+
+
+# --- the contract of every method ------------------------------------------------------------------------------------
+
+
+@each_case
+@pytest.mark.parametrize("holes", [False, True])
+def test_loss_is_a_finite_scalar_and_reaches_every_weight_of_the_encoder(case, holes):
+    method = build(case).train()
+    out = method(views(holes=holes))
+    assert out.loss.shape == ()
+    assert out.loss.isfinite()
+    assert out.observed is None
+    for name, term in out.terms.items():
+        assert term.shape == (), name
+        assert term.isfinite(), name
+        assert not term.requires_grad, name
+    grads = gradients(method.encoder, out.loss)
+    assert all(g is not None and g.isfinite().all() for g in grads.values())
+    assert [name for name, g in grads.items() if not alive(g)] == []
+
+
+@each_case
+def test_one_seed_one_loss(case):
+    losses = [float(build(case, seed=s).train()(views()).loss.detach()) for s in (1, 1, 2)]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+@each_case
+def test_the_global_random_state_is_left_alone(case):
+    method = build(case).train()
+    before = torch.get_rng_state()
+    method(views(), observe=True).loss.backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each_case
+@torch.no_grad()
+def test_state_goes_round(case):
+    method, other = build(case, seed=1).eval(), build(case, seed=2).eval()
+    batch = views()
+    assert method(batch).loss != other(batch).loss
+    other.load_state_dict(method.state_dict())
+    assert method(batch).loss == other(batch).loss
+
+
+@each_case
+def test_looking_does_not_change_the_loss(case):
+    first, second = build(case).train(), build(case).train()
+    batch = views()
+    plain, seen = first(batch), second(batch, observe=True)
+    assert torch.equal(plain.loss, seen.loss)
+    assert plain.observed is None
+    observed = seen.observed
+    assert observed.pooled.shape == (8, 64)
+    assert observed.tokens.shape == (4, 16, 64)
+    with torch.no_grad():
+        maps = build(case).train().encoder(torch.cat(batch.views))
+    torch.testing.assert_close(observed.pooled, maps[-1].mean((-2, -1)))
+    torch.testing.assert_close(observed.tokens, maps[-1][:4].flatten(2).mT)
+    parts = [observed.pooled, observed.tokens, *(observed.match or ())]
+    assert not any(part.requires_grad for part in parts if part is not None)
+    assert (observed.match is None) == (CASES[case][0] is SimCLR)
+
+
+@each_case
+def test_match_in_evaluation_is_what_the_loss_used(case):
+    method = build(case).eval()
+    batch = views()
+    match = method.match(batch)
+    if CASES[case][0] is SimCLR:
+        assert match is None
+        return
+    seen = method(batch, observe=True).observed.match
+    assert isinstance(match, Match)
+    for got, expected in zip(match, seen, strict=True):
+        assert (got is None) == (expected is None)
+        assert got is None or torch.equal(got, expected)
+        assert got is None or not got.requires_grad
+    assert match.plan.shape == match.cost.shape == (4, 16, 16)
+    assert (match.cost >= 0).all()
+    assert (match.cost <= 2).all()
+    assert all(torch.equal(p, q) for p, q in zip(method.state_dict().values(), build(case).state_dict().values(),
+                                                 strict=True))  # fmt: skip
+
+
+@each_case
+@pytest.mark.parametrize("scale", [1.0, 12.0, 100.0])
+@torch.no_grad()
+def test_half_precision_gives_nearly_the_same_loss(case, scale):
+    maps = scale * normal(12, 64, 4, 4, seed=3, dtype=torch.float32) + scale
+    method, settings = CASES[case]
+    module = seeded(lambda: method(Stub(maps), settings)).train()
+    batch = views(batch=6)
+    exact = module(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = module(batch)
+    assert rough.loss.dtype == torch.float32
+    assert rough.loss.isfinite()
+    torch.testing.assert_close(rough.loss, exact.loss, rtol=0.02, atol=0.02)
+
+
+@each_case
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.37])
+def test_an_encoder_that_always_says_the_same_is_called_collapsed(case, value):
+    """T10: whatever the method's loss says."""
+    method, settings = CASES[case]
+    module = seeded(lambda: method(Stub(torch.full((8, 64, 4, 4), value)), settings)).train()
+    batch = views()
+    out = module(batch, observe=True)
+    assert out.loss.isfinite()
+    numbers = observe(out.observed, batch)
+    assert all(math.isfinite(x) for x in numbers.values())
+    judged = verdict(numbers)
+    assert not judged.healthy
+    assert "collapse: all images have nearly the same embedding" in judged.text
+    assert "spatial collapse" in judged.text
+    assert all(g is None or g.isfinite().all() for g in gradients(module, out.loss).values())
+
+
+def test_views_of_one_size_are_encoded_together():
+    """So BatchNorm sees both; views of another size go on their own, and the order of views is kept."""
+    encoder = build_encoder("resnet18", width=4, stride=16, seed=0).train()
+    batch = views(sizes=(64, 96, 64))
+    maps = encode_views(encoder, batch)
+    together = encoder(torch.cat((batch.views[0], batch.views[2])))
+    for got, expected in zip(maps[0], together, strict=True):
+        torch.testing.assert_close(got, expected[:4])
+    for got, expected in zip(maps[2], together, strict=True):
+        torch.testing.assert_close(got, expected[4:])
+    torch.testing.assert_close(maps[1][-1], encoder(batch.views[1])[-1])
+    assert maps[1][-1].shape[-2:] == (6, 6)
+
+
+def test_tokens_go_row_by_row():
+    x = torch.arange(2 * 3 * 2 * 5).reshape(2, 3, 2, 5)
+    tokens = tokens_of(x)
+    assert tokens.shape == (2, 10, 3)
+    assert torch.equal(tokens[1, 7], x[1, :, 1, 2])
+
+
+# --- SimCLR ----------------------------------------------------------------------------------------------------------
+
+
+def test_simclr_is_its_formula():
+    maps = normal(12, 10, 4, 4, seed=5)
+    method = seeded(lambda: SimCLR(Stub(maps), SimCLRSettings(hidden=16, outputs=8, temperature=0.3))).double()
+    with torch.no_grad():
+        out = method(views(batch=6))
+        embedded = method.head(maps.mean((-2, -1)))
+    assert out.loss.item() == pytest.approx(nt_xent_by_loops(embedded[:6], embedded[6:], 0.3), rel=1e-10)
+    assert out.terms["contrastive"] == out.loss
+    assert out.terms["chance"].item() == pytest.approx(math.log(11))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.1])
+def test_simclr_settings(temperature):
+    with pytest.raises(ConfigError, match=f"method.temperature must be > 0, received {temperature}"):
+        SimCLRSettings(hidden=16, outputs=8, temperature=temperature)
+
+
+# --- OTCXR against its formulas --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def slow_otcxr(method, batch):
+    """Masses, costs and terms of OTCXR image by image, from the docstring of the module and the slow oracles."""
+    s = method.settings
+    z = [tokens_of(m) for m in method.encoder.maps[0].chunk(2)]
+    valid = valid_tokens(batch)
+    r, attention = [None, None], [None, None]
+    if method.cross_view is not None:
+        for v in (0, 1):
+            r[v], attention[v] = method.cross_view(z[v], z[1 - v], valid[1 - v])
+    q = [method.projector(z[v] + r[v] if s.infuse else z[v]).numpy() for v in (0, 1)]
+    valid = [v.numpy() for v in valid]
+    masses = [np.zeros(v.shape) for v in valid]
+    for v in (0, 1):
+        for i, here in enumerate(valid[v]):
+            if s.mass == "uniform":
+                masses[v][i, here] = 1 / here.sum()
+                continue
+            if s.mass == "score":
+                scores = method.score(r[v][i])[here, 0].numpy() / s.temperature
+                weight = np.exp(scores) / np.exp(scores).sum()
+            else:  # what each token receives from the valid queries of the other view, over all heads
+                received = attention[1 - v][i].numpy()[:, valid[1 - v][i]][:, :, here]
+                weight = received.mean((0, 1))
+            masses[v][i, here] = (1 - s.floor) * weight + s.floor / here.sum()
+    rows = [np.concatenate([x[keep] for x, keep in zip(q[v], valid[v], strict=True)]) for v in (0, 1)]
+    centre = np.concatenate(rows).mean(0) if s.centred_cost else 0.0
+    costs = [cosine_cost_by_loops(x - centre, y - centre) for x, y in zip(*q, strict=True)]
+    solved = [sinkhorn_by_loop(c, a, b, s.epsilon, 1e-9) for c, a, b in zip(costs, *masses, strict=True)]
+    terms = {"transport": np.mean([x.value for x in solved]), "variance": 0.0, "covariance": 0.0}
+    for v in (0, 1):
+        means = np.stack([x[keep].mean(0) for x, keep in zip(q[v], valid[v], strict=True)])
+        at = [q[v][valid[v][:, j], j] for j in range(q[v].shape[1])]
+        kinds = {
+            "pooled": lambda means=means: variance_by_loops(means),
+            "tokens": lambda v=v: variance_by_loops(rows[v]),
+            "position": lambda at=at: np.mean([variance_by_loops(x) for x in at if len(x) >= 2]),
+            "within-image": lambda v=v: np.mean(
+                [variance_by_loops(x[k], s.within_target) for x, k in zip(q[v], valid[v], strict=True) if k.sum() > 1]
+            ),
+        }
+        terms["variance"] += sum(kinds[kind]() for kind in s.variance_rows) / 2
+        terms["covariance"] += covariance_by_loops(means if s.variance_rows == ("pooled",) else rows[v])
+    if s.global_weight:
+        pooled = np.concatenate(
+            [[x[keep].mean(0) for x, keep in zip(z[v].numpy(), valid[v], strict=True)] for v in (0, 1)]
+        )
+        g = method.pooled_projector(torch.tensor(pooled)).numpy()
+        half = len(g) // 2
+        terms["global"] = np.mean([((x - y) ** 2).sum() / len(x) for x, y in zip(g[:half], g[half:], strict=True)])
+        terms["global_variance"] = (variance_by_loops(g[:half]) + variance_by_loops(g[half:])) / 2
+        terms["global_covariance"] = covariance_by_loops(g[:half]) + covariance_by_loops(g[half:])
+    if s.mass_weight and s.mass_gradient and s.mass != "uniform":
+        short = [
+            max(0.0, math.log(s.mass_area * keep.sum()) + sum(p * math.log(p) for p in mass[keep]))
+            for v in (0, 1)
+            for mass, keep in zip(masses[v], valid[v], strict=True)
+        ]
+        terms["mass"] = np.mean(short)
+    return masses, costs, [x.plan for x in solved], terms
+
+
+@each_variant
+@pytest.mark.parametrize("holes", [False, True])
+def test_every_term_is_its_formula(variant, holes):
+    settings = VARIANTS[variant]
+    method = stubbed(replace(settings, tolerance=1e-9)).train()
+    batch = views(holes=holes)
+    with torch.no_grad():
+        out = method(batch, observe=True)
+    masses, costs, plans, terms = slow_otcxr(method, batch)
+    match = out.observed.match
+    for got, expected in [(match.a, masses[0]), (match.b, masses[1]), (match.cost, costs), (match.plan, plans)]:
+        close(got, expected, atol=1e-7)
+    assert set(out.terms) == {*terms, "residual"}
+    for name, expected in terms.items():
+        assert out.terms[name].item() == pytest.approx(expected, rel=1e-6, abs=1e-9), name
+    s = settings
+    loss = s.alpha * terms["transport"] + s.beta * terms["variance"] + s.eta * terms["covariance"]
+    if s.global_weight:
+        loss += s.global_weight * (
+            s.alpha * terms["global"] + s.beta * terms["global_variance"] + s.eta * terms["global_covariance"]
+        )
+    loss += s.mass_weight * terms.get("mass", 0.0)
+    assert out.loss.item() == pytest.approx(loss, rel=1e-6)
+    if "mass" in terms:
+        assert terms["mass"] > 1e-3, "the term must be active, or it is not tested"
+
+
+@each_variant
+def test_terms_add_up_to_the_loss(variant):
+    """With a real encoder in training, from the terms that are logged."""
+    s = VARIANTS[variant]
+    out = build(f"otcxr:{variant}").train()(views())
+    t = {name: float(term) for name, term in out.terms.items()}
+    loss = s.alpha * t["transport"] + s.beta * t["variance"] + s.eta * t["covariance"]
+    if s.global_weight:
+        loss += s.global_weight * (s.alpha * t["global"] + s.beta * t["global_variance"]
+                                   + s.eta * t["global_covariance"])  # fmt: skip
+    assert out.loss.item() == pytest.approx(loss + s.mass_weight * t.get("mass", 0.0), rel=1e-5)
+
+
+@each_case
+def test_transport_term_is_the_mean_of_values_solved_again(case):
+    if CASES[case][0] is SimCLR:
+        pytest.skip("SimCLR transports nothing")
+    method = build(case).train()
+    out = method(views(), observe=True)
+    match, s = out.observed.match, method.settings
+    again = sinkhorn(match.cost, match.a, match.b, epsilon=s.epsilon, tolerance=1e-5, max_iterations=5000)
+    assert out.terms["transport"].item() == pytest.approx(again.value.mean().item(), abs=2e-4)
+    worst = (match.plan.sum(-1) - match.a).abs().sum(-1).maximum((match.plan.sum(-2) - match.b).abs().sum(-1))
+    assert out.terms["residual"].item() == pytest.approx(worst.max().item(), abs=1e-6)
+    assert worst.max() <= s.tolerance
+
+
+@each_variant
+def test_masses_are_masses(variant):
+    s = VARIANTS[variant]
+    batch = views(sizes=(96, 64))
+    maps = [normal(4, 12, 6, 6, seed=1), normal(4, 12, 4, 4, seed=2)]
+    match = stubbed(s, maps).match(batch)
+    for mass, valid in zip((match.a, match.b), valid_tokens(batch), strict=True):
+        close(mass.sum(-1), np.ones(4), atol=1e-12)
+        assert (mass[~valid] == 0).all()
+        count = valid.sum(-1, keepdim=True).double()
+        least = (1.0 if s.mass == "uniform" else s.floor) / count
+        assert (mass >= least * valid - 1e-12).all()
+        if s.mass != "uniform":
+            assert ((mass - valid / count).abs().amax(-1) > 1e-4).all(), "masses must depend on what is seen"
+
+
+def test_attention_masses_are_the_attention_received():
+    """From what ``Match`` hands out: the second view's masses from the first view's attention."""
+    batch = views()
+    match = stubbed(replace(EXPLICIT, mass="attention", floor=0.0)).match(batch)
+    queries = valid_tokens(batch)[0]
+    for i in range(4):
+        heads = [match.attention[i, h][queries[i]].mean(0) for h in range(4)]
+        close(match.b[i], sum(heads) / 4, atol=1e-12)
+
+
+def test_without_masses_and_infusion_there_is_no_cross_view():
+    method = build("otcxr:uniform")
+    assert {name.split(".")[0] for name, _ in method.named_parameters()} == {"encoder", "projector"}
+    assert method.match(views()).attention is None
+    assert build("otcxr:uniform-infused").match(views()).attention.shape == (4, 4, 16, 16)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+TRANSPORT_ONLY = {"beta": 0.0, "eta": 0.0, "mass_weight": 0.0, "global_weight": 0.0}
+
+
+@pytest.mark.parametrize("infuse", [False, True])
+def test_transport_trains_the_score_head(infuse):
+    method = stubbed(replace(EXPLICIT, **TRANSPORT_ONLY, infuse=infuse))
+    grads = gradients(method, method(views()).loss)
+    for name in ("score.1.weight", "score.0.weight", "cross_view.query.weight", "cross_view.out.weight"):
+        assert alive(grads[name]), name
+    assert grads["score.1.bias"].abs().max() < 1e-10  # a softmax does not see a constant
+
+
+def test_the_mass_term_spreads_the_masses():
+    method = stubbed(replace(EXPLICIT, alpha=0.0, beta=0.0, eta=0.0, mass_weight=1.0, mass_area=1.0))
+    batch = views()
+    losses = []
+    optimizer = torch.optim.SGD(method.score.parameters(), lr=0.5)
+    for _ in range(20):
+        out = method(batch)
+        gradients(method, out.loss)
+        optimizer.step()
+        losses.append(out.loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("infuse", [True, False])
+def test_attention_learns_from_the_masses_only_where_that_is_asked_for(gradient, infuse):
+    settings = replace(EXPLICIT, mass="attention", mass_gradient=gradient, infuse=infuse, **TRANSPORT_ONLY)
+    method = stubbed(settings)
+    grads = gradients(method, method(views()).loss)
+    assert alive(grads["cross_view.query.weight"]) == (gradient or infuse)
+    assert alive(grads["cross_view.out.weight"]) == infuse  # the values serve the infusion alone
+    assert alive(grads["projector.layers.0.weight"])
+    assert alive(grads["encoder.maps.0"])
+
+
+def test_fixed_masses_change_gradients_not_the_loss():
+    learned = stubbed(replace(EXPLICIT, mass="attention", **TRANSPORT_ONLY))
+    fixed = stubbed(replace(EXPLICIT, mass="attention", mass_gradient=False, **TRANSPORT_ONLY))
+    one, two = learned(views()), fixed(views())
+    assert one.loss.item() == two.loss.item()
+    maps = [gradients(m, out.loss)["encoder.maps.0"] for m, out in ((learned, one), (fixed, two))]
+    assert not torch.allclose(*maps)
+
+
+@each_variant
+def test_the_whole_gradient_equals_finite_differences(variant):
+    """In two random directions of all maps at once, in double precision."""
+    method = stubbed(replace(VARIANTS[variant], tolerance=1e-11, max_iterations=20_000, floor=0.3)).train()
+    if not method.settings.mass_gradient:
+        pytest.skip("masses without gradient are not what finite differences see")
+    batch, maps = views(), method.encoder.maps[0]
+    grad = gradients(method, method(batch).loss)["encoder.maps.0"].clone()
+    for seed in (7, 8):
+        direction, step, values = normal(*maps.shape, seed=seed), 1e-5, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                maps.add_(sign * step * direction)
+                values.append(method(batch).loss.item())
+                maps.sub_(sign * step * direction)
+        assert (values[0] - values[1]) / (2 * step) == pytest.approx((grad * direction).sum().item(), rel=2e-4)
+
+
+# --- what is not valid does not count --------------------------------------------------------------------------------
+
+
+def with_other_absent(maps, valid, seed=9):
+    """The same maps, other content where no token is valid."""
+    keep = torch.cat(valid).reshape(len(maps), 1, *maps.shape[-2:])
+    return torch.where(keep, maps, 5 * normal(*maps.shape, seed=seed))
+
+
+@each_variant
+def test_content_at_absent_positions_does_not_matter(variant):
+    batch = views()
+    valid = valid_tokens(batch)
+    maps = normal(8, 12, 4, 4)
+    one = stubbed(VARIANTS[variant], maps).train()
+    two = stubbed(VARIANTS[variant], with_other_absent(maps, valid)).train()
+    out, same = one(batch, observe=True), two(batch, observe=True)
+    for name, term in out.terms.items():
+        assert same.terms[name].item() == pytest.approx(term.item(), rel=1e-9, abs=1e-12), name
+    assert same.loss.item() == pytest.approx(out.loss.item(), rel=1e-10)
+    for name in ("a", "b", "plan"):
+        close(getattr(same.observed.match, name), getattr(out.observed.match, name), atol=1e-10)
+    pairs = valid[0].unsqueeze(-1) & valid[1].unsqueeze(1)
+    close(same.observed.match.cost[pairs], out.observed.match.cost[pairs], atol=1e-10)
+    plan = same.observed.match.plan
+    assert (plan[~pairs] == 0).all()
+    grad = gradients(two, same.loss)["encoder.maps.0"]
+    absent = ~torch.cat(valid).reshape(8, 1, 4, 4).expand_as(grad)
+    assert (grad[absent] == 0).all()
+
+
+@each_variant
+def test_a_batch_with_holes_equals_its_images_one_by_one(variant):
+    settings = replace(VARIANTS[variant], centred_cost=False, global_weight=0.0, tolerance=1e-9)
+    maps = [normal(4, 12, 6, 6, seed=1), normal(4, 12, 4, 4, seed=2)]
+    batch = views(sizes=(96, 64))
+    method = stubbed(settings, maps).eval()
+    whole, transport = method.match(batch), method(batch).terms["transport"]
+    values = []
+    for i in range(4):
+        alone = stubbed(settings, [m[i : i + 1] for m in maps]).eval()
+        alone.projector, alone.cross_view, alone.score = method.projector, method.cross_view, method.score
+        part = alone.match(one_image(batch, i))
+        for name in ("cost", "a", "b", "plan"):
+            close(getattr(part, name)[0], getattr(whole, name)[i], atol=1e-9)
+        values.append(sinkhorn(part.cost, part.a, part.b, epsilon=settings.epsilon, tolerance=1e-9,
+                               max_iterations=3000).value.item())  # fmt: skip
+    assert transport.item() == pytest.approx(np.mean(values), rel=1e-9)
+
+
+@each_variant
+def test_views_may_differ_in_size(variant):
+    method = build(f"otcxr:{variant}").train()
+    batch = views(sizes=(96, 64))
+    out = method(batch, observe=True)
+    assert out.loss.isfinite()
+    match = out.observed.match
+    assert match.plan.shape == (4, 36, 16)
+    assert match.a.shape == (4, 36)
+    assert match.b.shape == (4, 16)
+    assert match.attention is None or match.attention.shape == (4, 4, 36, 16)
+    assert out.observed.tokens.shape == (4, 36, 64)
+    assert [k for k, g in gradients(method.encoder, out.loss).items() if not alive(g)] == []
+    assert all(math.isfinite(x) for x in observe(out.observed, batch).values())
+
+
+@pytest.mark.parametrize(("view", "name"), [(0, "first"), (1, "second")])
+@each_variant
+def test_a_view_without_any_valid_token_is_an_error(variant, view, name):
+    batch = views()
+    batch.valid[view][2] = False
+    with pytest.raises(DataError, match=f"the {name} view of sample 2 of the batch has no valid token"):
+        stubbed(VARIANTS[variant])(batch)
+
+
+@each_variant
+def test_a_single_valid_token_takes_all_the_mass(variant):
+    batch = views()
+    for v in (0, 1):
+        batch.valid[v][1] = False
+        batch.valid[v][1, :, 16:32, 32:48] = True  # token 6
+    out = stubbed(VARIANTS[variant])(batch, observe=True)
+    assert out.loss.isfinite()
+    assert out.observed.match.plan[1, 6, 6].item() == pytest.approx(1)
+
+
+def test_masses_that_underflow_give_finite_gradients():
+    settings = replace(EXPLICIT, floor=0.0, temperature=1e-3, mass_weight=1.0, mass_area=1.0)
+    method = stubbed(settings, double=False, maps=normal(8, 12, 4, 4, dtype=torch.float32))
+    out = method(views(), observe=True)
+    assert (out.observed.match.a[valid_tokens(views())[0]] == 0).any(), "the case must be the one that is meant"
+    assert all(g is None or g.isfinite().all() for g in gradients(method, out.loss).values())
+
+
+@pytest.mark.xfail(reason="the squared difference of pooled projections runs in half precision (methods/otcxr._global)")
+@torch.no_grad()
+def test_the_global_term_does_not_overflow_in_half_precision():
+    method = seeded(lambda: OTCXR(Stub(normal(8, 12, 4, 4, dtype=torch.float32)),
+                                  replace(EXPLICIT, global_weight=1.0)))  # fmt: skip
+    method.pooled_projector[-1].weight.mul_(500)
+    exact = method(views()).terms["global"]
+    with torch.autocast("cpu", dtype=torch.float16):
+        rough = method(views()).terms["global"]
+    torch.testing.assert_close(rough.float(), exact, rtol=0.02, atol=0)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mass": "scores"}, "method.mass must be one of score, attention, uniform, received 'scores'"),
+        ({"variance_rows": ("tokens", "image")}, "method.variance_rows may hold pooled, .*; received 'image'"),
+        ({"mass_gradient": False}, "method.mass_gradient = false needs method.mass = attention"),
+        ({"floor": 1.0}, r"method.floor must be in \[0, 1\).* received 1.0"),
+        ({"floor": -0.1}, "method.floor must be in .* received -0.1"),
+        ({"mass_area": 0.0}, r"method.mass_area in \(0, 1\], received 0.1 and 0.0"),
+        ({"mass_area": 1.5}, r"method.mass_area in \(0, 1\], received 0.1 and 1.5"),
+        ({"temperature": 0.0}, "method.temperature, .* must be > 0"),
+        ({"epsilon": 0.0}, "epsilon .* must be > 0"),
+        ({"epsilon": -1.0}, "epsilon .* must be > 0"),
+        ({"tolerance": 0.0}, "tolerance must be > 0"),
+        ({"max_iterations": 0}, "max_iterations >= 1"),
+        ({"objective": "sharp"}, "method.objective 'sharp' is not available yet; use 'value'"),
+        ({"reach": 0.3}, "method.reach is not available yet; leave it null"),
+    ],
+)
+def test_settings_that_make_no_sense(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(EXPLICIT, **changes)
+
+
+def test_heads_must_divide_the_channels():
+    with pytest.raises(ConfigError, match=r"method\.heads = 5 does not divide the 12 channels"):
+        stubbed(replace(EXPLICIT, heads=5))
+
+
+def test_the_control_differs_in_its_masses_only():
+    full, control = METHODS["otcxr"].settings, METHODS["otcxr-uniform"].settings
+    assert control == replace(full, mass="uniform", mass_gradient=control.mass_gradient)
