@@ -639,7 +639,7 @@ def test_load_radiograph_marks_its_border(tmp_path):
 
 
 def area_average(picture, size):
-    """Every pixel of the result is the mean over the part of the square picture that it covers, by explicit overlaps."""
+    """The mean over the part of the square picture that each pixel of the result covers, by explicit overlaps."""
     side = len(picture)
     edges, step = np.arange(size + 1) * side / size, np.arange(side)
     low = np.maximum(edges[:-1, None], step[None])

@@ -33,7 +33,7 @@ def read_folder(text: str) -> Collection:
     """
     options: dict[str, str] = {}
     path_text = text
-    while match := _OPTION.search(path_text):
+    while not Path(path_text).is_dir() and (match := _OPTION.search(path_text)):
         options[match.group(1)] = match.group(2)
         path_text = path_text[: match.start()]
     root = Path(path_text)
