@@ -201,7 +201,7 @@ def test_real_nih_mini(shared_data):
             assert 0 <= box.x < box.x + box.width <= 256
             assert 0 <= box.y < box.y + box.height <= 256
     # 863.004444444444,693.229045138889,72.8177777777778,112.64 in the frame of the originals
-    effusion, infiltration = records["00010277_000.png"].boxes
+    effusion, infiltration = records["00010277_000.png"].boxes[:2]
     assert effusion.finding == "Effusion"
     assert effusion[1:] == pytest.approx(tuple(v / 4 for v in (863.0044444, 693.2290451, 72.8177778, 112.64)))
     assert infiltration.finding == "Infiltration"
@@ -215,23 +215,30 @@ def test_real_nih_mini(shared_data):
     assert all(record.age is not None and record.sex and record.view for record in collection.records)
 
 
-def test_real_box_frames_what_is_in_the_original(shared_data):
-    """A box in the reduced image and in the original, which the reader scales differently, hold the same picture."""
+def test_real_boxes_hold_the_same_picture_at_both_sizes(shared_data, tmp_path):
+    """The reader scales the boxes differently for the originals and for their reductions by four."""
     mini = shared_data / "nih-mini"
-    collection = read_nih(str(mini))
-    originals = {path.name: path for path in (mini / "originals").glob("*.png")}
-    both = [record for record in collection.records if record.boxes and record.name in originals]
-    assert len(both) == 8
-    for record in both[:2]:
-        box = record.boxes[0]
-        big = load_image(originals[record.name])[0].numpy()
-        small = load_image(record.image)[0].numpy()
-        crop = big[
-            round(4 * box.y) : round(4 * (box.y + box.height)), round(4 * box.x) : round(4 * (box.x + box.width))
-        ]
-        there = small[round(box.y) : round(box.y + box.height), round(box.x) : round(box.x + box.width)]
-        again = cv2.resize(crop, there.shape[::-1], interpolation=cv2.INTER_AREA)
-        assert np.corrcoef(again.ravel(), there.ravel())[0, 1] > 0.95
+    (tmp_path / "images").symlink_to(mini / "originals")
+    for name in ("Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"):
+        (tmp_path / name).symlink_to(mini / name)
+    originals, reduced = read_nih(str(tmp_path)), by_name(read_nih(str(mini)))
+    assert len(originals.records) == 16
+    assert len(originals.skipped) == 761 - 16
+    boxed = [record for record in originals.records if record.boxes]
+    assert len(boxed) == 8
+    for record in boxed:
+        twin = reduced[record.name]
+        for big, small in zip(record.boxes, twin.boxes, strict=True):
+            assert big[1:] == pytest.approx(tuple(4 * v for v in small[1:]))
+            assert big.x + big.width <= 1024
+            assert big.y + big.height <= 1024
+    box = boxed[0].boxes[0]
+    crops = []
+    for record, scale in ((boxed[0], 1), (reduced[boxed[0].name], 4)):
+        left, top, right, bottom = (round(v / scale) for v in (box.x, box.y, box.x + box.width, box.y + box.height))
+        picture = load_image(record.image)[0, top:bottom, left:right].numpy()
+        crops.append(cv2.resize(picture, (24, 24), interpolation=cv2.INTER_AREA).ravel())
+    assert np.corrcoef(*crops)[0, 1] > 0.95
 
 
 # ----------------------------------------------------------------------------------------------------------- folder

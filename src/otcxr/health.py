@@ -73,7 +73,7 @@ def correspondence_score(match: Match, true: Correspondence, grid: tuple[int, in
     return {
         "hits": float(by_plan[known].double().mean()),
         "exact": float((match.plan.argmax(-1) == true.cell)[known].double().mean()),
-        "hits_by_mass": float((mass * by_plan).sum() / mass.sum()),
+        "hits_by_mass": float((mass * by_plan).sum() / mass.sum().clamp_min(torch.finfo(mass.dtype).tiny)),
         "hits_nearest_neighbour": float(by_cost[known].double().mean()),
         "hits_chance": float(chance[known].double().mean()),
     }
@@ -85,7 +85,7 @@ def observe(observed: Observed, batch: ViewBatch) -> dict[str, float]:
     half = pooled[: len(pooled) // 2]  # one view of each image: two views would count each image twice
     unit = torch.nn.functional.normalize(pooled, dim=-1)
     unit_half = half - half.mean(0)
-    deviation = unit_half.std(0)
+    deviation = (unit_half.square().sum(0) / max(1, len(half) - 1)).sqrt()
     alive = deviation > 1e-8
     cor = (unit_half[:, alive] / deviation[alive]).T @ (unit_half[:, alive] / deviation[alive]) / max(1, len(half) - 1)
     off = cor - torch.diag(cor.diagonal())
@@ -121,14 +121,16 @@ def _observe_match(match: Match, batch: ViewBatch) -> dict[str, float]:
 
 
 def _grid(tokens: int, view: Tensor) -> tuple[int, int]:
-    """Height and width of the token grid of a view; views and their last maps have one aspect ratio."""
-    height = round(math.sqrt(tokens * view.shape[-2] / view.shape[-1]))
+    """Height and width of the token grid of a view: of all grids with so many tokens, that of the nearest shape."""
+    square = tokens * view.shape[-2] / view.shape[-1]
+    heights = (h for h in range(1, tokens + 1) if tokens % h == 0)
+    height = min(heights, key=lambda h: abs(math.log(h * h / square)))
     return height, tokens // height
 
 
 def verdict(now: Mapping[str, float]) -> Verdict:
     """Judge the health numbers of one step, as ``observe`` gives them."""
-    problems = []
+    problems = [f"{name} is {value}" for name, value in now.items() if not math.isfinite(value)]
     if now["embedding_std"] < 0.05 * now["embedding_std_reference"]:
         problems.append("collapse: all images have nearly the same embedding")
     elif now["effective_rank"] < max(1.5, 0.03 * now["effective_rank_limit"]):

@@ -1,1 +1,3 @@
 """Networks without training logic."""
+
+__all__: list[str] = []

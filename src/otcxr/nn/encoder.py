@@ -16,7 +16,7 @@ from otcxr.errors import CheckpointError, ConfigError, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ENCODERS", "Architecture", "Encoder", "build_encoder", "load_encoder", "pool"]
+__all__ = ["ENCODERS", "Architecture", "Encoder", "build_encoder", "describe", "load_encoder", "load_state", "pool"]
 
 
 class Architecture(NamedTuple):
@@ -91,7 +91,7 @@ def build_encoder(
     if seed is None:
         return ENCODERS[name](architecture)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
         return ENCODERS[name](architecture)
 
 

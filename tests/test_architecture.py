@@ -1,0 +1,273 @@
+"""The house: who may import whom, what stays light, and a few habits. Read from the sources with ``ast``."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import otcxr
+
+ROOT = Path(otcxr.__file__).parent
+HEAVY = ("torch", "lightning_fabric", "captum", "pydicom", "matplotlib", "cv2", "sklearn", "scipy", "numpy")
+
+# Module -> what of otcxr it may import; "data" stands for the whole package. A new module is added here deliberately:
+# the table is section 3 of the architecture, and everything else is an argument to have first.
+EVALUATION = "evaluation nn data optim runs attribution config console errors"
+METHODS = "methods losses nn ot data.geometry errors"
+MAY_IMPORT = {
+    # leaves: none imports another of them
+    "version": "",
+    "errors": "",
+    "console": "",
+    "optim": "",
+    "config": "errors",
+    "ot": "ot",
+    "ot.costs": "ot",
+    "ot.sinkhorn": "ot",
+    "nn": "",
+    "nn.attention": "nn errors",
+    "nn.encoder": "nn errors",
+    "nn.heads": "nn errors",
+    "nn.resnet": "nn errors",
+    "data": "data",
+    "data.dataset": "data errors",
+    "data.dicom": "data errors",
+    "data.folder": "data errors",
+    "data.geometry": "",
+    "data.images": "data errors",
+    "data.nih": "data errors",
+    "data.phantom": "data errors",
+    "data.phantom_anatomy": "data errors",
+    "data.records": "data errors",
+    "data.sources": "data errors",
+    "data.views": "data errors",
+    "losses": "",
+    "attribution": "nn",
+    # the folder of a run: the one channel between training, evaluation and report
+    "runs": "errors version nn.encoder",
+    # training
+    "methods": "methods",
+    "methods.base": METHODS,
+    "methods.otcxr": METHODS,
+    "methods.simclr": METHODS,
+    "health": "methods.base data.geometry ot",
+    "probes": "methods.base data runs errors",
+    "train": "methods nn data health probes runs optim config console errors",
+    # judging: sees encoders, records and files, never a method
+    "evaluation": EVALUATION,
+    "evaluation.classify": EVALUATION,
+    "evaluation.features": EVALUATION,
+    "evaluation.metrics": EVALUATION,
+    "evaluation.results": EVALUATION,
+    "evaluation.statistics": EVALUATION,
+    "evaluation.tasks": EVALUATION,
+    "explain": "nn ot data runs attribution config console errors",
+    "report": "runs config errors version",
+    # the front
+    "": "version",
+    "__main__": "cli",
+    "cli": "commands errors version",
+    "commands": "train methods evaluation explain report demo data runs config console errors",
+    "demo": "train evaluation explain report data runs config console errors",
+}
+NEVER_A_METHOD = ("evaluation", "explain", "attribution", "report", "nn", "ot", "data", "runs")
+
+
+def name_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+each_module = pytest.mark.parametrize("module", MODULES)
+
+
+@cache
+def tree(module):
+    return ast.parse(MODULES[module].read_text())
+
+
+def below(module, package):
+    return module == package or module.startswith(f"{package}.")
+
+
+def imported_names(nodes):
+    """(module of otcxr, name or None) of every import among the nodes, ``importlib`` with a literal included."""
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+            yield from ((a.value, None) for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+
+
+def imports(module, nodes=None):
+    """Modules of otcxr that a module names in an import, also inside functions and for types only."""
+    out = set()
+    for origin, name in imported_names(ast.walk(tree(module)) if nodes is None else nodes):
+        if below(origin, "otcxr"):
+            whole = f"{origin}.{name}".removeprefix("otcxr").lstrip(".")
+            out.add(whole if name and whole in MODULES else origin.removeprefix("otcxr").lstrip("."))
+    return out - {module}
+
+
+@cache
+def reached(module):
+    """Everything that a module imports directly, through others, or as the package around one of them."""
+    out, waiting = set(), {module}
+    while waiting:
+        current = waiting.pop()
+        out.add(current)
+        packages = {current.rsplit(".", k)[0] for k in range(1, current.count(".") + 1)}
+        waiting |= (imports(current) | packages) - out
+    return frozenset(out)
+
+
+def test_the_table_names_every_module():
+    assert set(MAY_IMPORT) == set(MODULES), "say in MAY_IMPORT what a new module may import"
+
+
+@each_module
+def test_imports_go_one_way(module):
+    allowed = MAY_IMPORT[module].split()
+    strangers = sorted(m for m in imports(module) if not any(below(m, package) for package in allowed))
+    assert strangers == [], f"otcxr.{module} may import {allowed or 'nothing of otcxr'}"
+
+
+def test_the_reading_of_imports_sees_all_kinds():
+    source = """
+import otcxr.runs
+from otcxr.evaluation import metrics, TASKS
+from otcxr import errors
+import torch
+if TYPE_CHECKING:
+    from otcxr.nn.encoder import Encoder
+def f():
+    from otcxr.methods import METHODS
+    importlib.import_module("otcxr.train")
+"""
+    found = imports("no.module", ast.walk(ast.parse(source)))
+    assert found == {"runs", "evaluation.metrics", "evaluation", "errors", "nn.encoder", "methods", "train"}
+    assert "commands" in imports("cli")
+    assert "nn.resnet" in imports("nn.encoder")  # inside a function
+    assert {"methods", "methods.otcxr", "losses"} <= reached("train")
+
+
+@pytest.mark.parametrize("package", NEVER_A_METHOD)
+def test_what_judges_an_encoder_never_reaches_a_method(package):
+    """Also not through others: so a plain encoder without extra cost is a property of the imports."""
+    for module in (m for m in MODULES if below(m, package)):
+        training = ("methods", "train", "health", "probes", "losses")
+        found = sorted(m for m in reached(module) if any(below(m, t) for t in training))
+        assert found == [], module
+
+
+@pytest.mark.parametrize("package", ["ot", "losses"])
+def test_mathematics_stands_on_torch_alone(package):
+    for module in (m for m in MODULES if below(m, package)):
+        roots = {origin.split(".")[0] for origin, _ in imported_names(ast.walk(tree(module)))}
+        assert roots <= {"torch", "otcxr", "__future__", "typing", "math"}, module
+
+
+def test_nothing_imports_itself_in_a_circle_at_start():
+    """Imports at the top of files form no circle (those inside functions and for types only may)."""
+    graph = {module: imports(module, tree(module).body) for module in MODULES}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+@each_module
+def test_names(module):
+    assert not {"utils", "util", "helpers", "helper", "misc", "common"} & set(module.split("."))
+    assert ast.get_docstring(tree(module)), "every module says what it is"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "__main__"])
+def test_public_names_are_said_and_real(module):
+    loaded = importlib.import_module(f"otcxr.{module}".rstrip("."))
+    assert "__all__" in vars(loaded)
+    assert len(set(loaded.__all__)) == len(loaded.__all__)
+    assert [name for name in loaded.__all__ if not hasattr(loaded, name)] == []
+    assert [name for name in loaded.__all__ if name.startswith("_") and name != "__version__"] == []
+
+
+@each_module
+def test_no_private_name_is_taken_from_another_module(module):
+    taken = [
+        f"{origin}.{name}"
+        for origin, name in imported_names(ast.walk(tree(module)))
+        if below(origin, "otcxr") and name and name.startswith("_") and name != "__version__"
+    ]
+    assert taken == []
+
+
+@each_module
+def test_the_library_never_prints(module):
+    if module in ("cli", "console"):
+        return
+    calls = [node for node in ast.walk(tree(module)) if isinstance(node, ast.Call)]
+    assert [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"] == []
+
+
+@each_module
+def test_no_global_random_state(module):
+    """Seeds belong to generators. Torch's own is seeded only where ``fork_rng`` puts it back afterwards."""
+    generators = {"default_rng", "SeedSequence", "Generator", "fork_rng"}
+    sources = ("np.random", "numpy.random", "torch.random", "random")
+    used = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+            owner = ast.unparse(node.value)
+            if (owner in sources and node.attr not in generators) or "manual_seed" in node.attr:
+                used.add(f"{owner}.{node.attr}")
+    seeds = {"torch.manual_seed", "torch.default_generator.manual_seed"}
+    assert used <= (seeds if module in ("nn.encoder", "train") and "fork_rng" in MODULES[module].read_text() else set())
+
+
+# --- light at the start ----------------------------------------------------------------------------------------------
+
+
+def loaded_after(code):
+    out = subprocess.run(
+        [sys.executable, "-W", "error", "-c", f"{code}\nimport sys; print('LOADED', *sys.modules)"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    return set(out.stdout.rsplit("LOADED", 1)[1].split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import otcxr, otcxr.cli",
+        "from otcxr.cli import main; assert main(['--help']) == 0",
+        "from otcxr.cli import main; assert main(['--version']) == 0",
+        "from otcxr.cli import main; assert main(['pretrian']) == 1",
+    ],
+)
+def test_nothing_heavy_is_loaded_before_it_is_needed(code):
+    assert loaded_after(code) & set(HEAVY) == set()
+
+
+def test_the_module_is_the_command_line():
+    out = subprocess.run([sys.executable, "-m", "otcxr", "--help"], capture_output=True, text=True, check=True)
+    assert out.stdout.startswith("usage: otcxr COMMAND")
+    assert out.stderr == ""
+    for command in ("pretrain", "evaluate", "explain", "report", "demo"):
+        assert f"\n  {command} " in out.stdout
+
+
+def test_every_command_of_the_table_exists():
+    from otcxr import commands
+    from otcxr.cli import COMMANDS
+
+    for function, text in COMMANDS.values():
+        assert callable(getattr(commands, function))
+        assert text
