@@ -180,6 +180,27 @@ def test_features_are_cached_by_encoder_and_images(tmp_path):
     assert (features(first) == 0).all()
 
 
+def test_a_finding_without_a_probe_has_no_measure_and_is_in_no_mean():
+    """It may be common among the test images: without a fit there is nothing to judge."""
+    collection = open_collection("phantom:240,seed=6,size=32")
+    kept = 0
+    records = []
+    for record in collection.records:
+        nodule = record.labels["Nodule"]
+        if record.split == "train" and nodule:
+            kept += 1
+            nodule = int(kept <= 1)
+        records.append(record._replace(labels={**record.labels, "Nodule": nodule}))
+    encoder = build_encoder("resnet18", width=4, stride=16, seed=11)
+    changed = collection._replace(records=records)
+    result = evaluate("linear", encoder, changed, ("train", "test"), EvaluateConfig(size=32, resamples=50)).result
+    row = result["findings"]["Nodule"]
+    assert row["positives"] > 5
+    assert row["auroc"]["value"] is None
+    assert "not fitted" in row["auroc"]["note"]
+    assert result["macro"]["findings"] == ["Effusion"]
+
+
 def test_refusals_name_the_fix():
     encoder = build_encoder("resnet18", width=4, seed=0)
     phantoms = open_collection("phantom:24,seed=1,size=32")

@@ -58,9 +58,8 @@ def test_views_depend_on_seed_epoch_and_index_only():
         first = make_views(image, config, view_generator(seed, epoch, index))
         np.random.default_rng().random()  # what happens in between is of no consequence
         again = make_views(image, config, view_generator(seed, epoch, index))
-        for a, b in zip(
-            (*first.views, *first.valid, first.geometry), (*again.views, *again.valid, again.geometry), strict=True
-        ):
+        tensors = [(*batch.views, *batch.valid, batch.geometry) for batch in (first, again)]
+        for a, b in zip(*tensors, strict=True):
             assert torch.equal(a, b)
         seen[first.geometry.numpy().tobytes()] = first
         assert not torch.equal(first.geometry[0], first.geometry[1])
@@ -99,11 +98,9 @@ def test_shapes_types_and_collation():
             assert torch.equal(batch.valid[v][i], sample.valid[v][0])
             assert torch.equal(batch.clean[v][i], sample.clean[v][0])
             assert torch.equal(batch.geometry[v, i], sample.geometry[v, 0])
-    assert make_views(radiograph(picture(40, 30)), ViewsConfig(size=24), view_generator(0, 0, 0)).clean is None
-    assert (
-        collate_views([make_views(radiograph(picture(40, 30)), ViewsConfig(size=24), view_generator(0, 0, 0))]).clean
-        is None
-    )
+    plain = make_views(radiograph(picture(40, 30)), ViewsConfig(size=24), view_generator(0, 0, 0))
+    assert plain.clean is None
+    assert collate_views([plain, plain]).clean is None
 
 
 # -------------------------------------------------------------------------------------------------------- geometry
@@ -132,13 +129,11 @@ def test_geometry_finds_planted_blobs(height, width, size, flip):
         margin = 4 * sigma
         if not (margin < x < width - margin and margin < y < height - margin):
             continue
-        view = make_views(
+        batch = make_views(
             radiograph(blob(height, width, x, y, sigma)), config, view_generator(9, 0, draw), count=1
-        ).views[0][0, 0].double().numpy()  # fmt: skip
-        assert np.array_equal(
-            make_views(radiograph(picture(height, width)), config, view_generator(9, 0, draw), count=1).geometry,
-            geometry,
-        )
+        )  # fmt: skip
+        assert torch.equal(batch.geometry, geometry)
+        view = batch.views[0][0, 0].double().numpy()
         reach = 4 * sigma / pixel.min()
         there = np.linalg.solve(affine[:, :2], place - affine[:, 2]) * size
         if not (reach < there[0] < size - reach and reach < there[1] < size - reach):
@@ -183,7 +178,8 @@ def test_crop_reproduces_its_pixels():
 
 @given(
     scale=st.floats(0.1, 1.0), aspect=st.floats(0.5, 2.0), rotation=st.floats(0, 45), index=st.integers(0, 1000),
-    shape=st.sampled_from([(40, 40), (30, 55), (55, 30)]), size=st.sampled_from([16, 33]), flip=st.sampled_from([0.0, 1.0]),
+    shape=st.sampled_from([(40, 40), (30, 55), (55, 30)]), size=st.sampled_from([16, 33]),
+    flip=st.sampled_from([0.0, 1.0]),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_valid_is_exactly_where_the_centre_lies_inside(scale, aspect, rotation, index, shape, size, flip):
@@ -261,7 +257,7 @@ def test_reduction_is_antialiased(side, size):
     low = np.abs(np.fft.fft2(sampled - sampled.mean())) / size**2
     ring = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None])
     assert low[ring < 0.25].max() < 0.02  # no coarse pattern
-    y, x = np.mgrid[0:side, 0:side] / side
+    x = (np.indices((side, side))[1] + 0.5) / side
     stripes = (0.5 + 0.5 * np.sin(2 * np.pi * 0.45 * side * x)).astype(np.float32)  # 0.45 of the image's own rate
     sampled, _ = resample(stripes, None, WHOLE, size)
     if side / size >= 2:
@@ -348,9 +344,8 @@ def test_distribution_of_crops():
     height, width = 100, 80
     config = ViewsConfig(size=16, scale=(0.1, 0.4), aspect=(0.8, 1.25), rotation=10, flip=0.25, **NEUTRAL)
     image = radiograph(picture(height, width))
-    drawn = [
-        make_views(image, config, view_generator(5, 0, i), count=1).geometry[0, 0].double().numpy() for i in range(400)
-    ]
+    batches = [make_views(image, config, view_generator(5, 0, i), count=1) for i in range(400)]
+    drawn = [batch.geometry[0, 0].double().numpy() for batch in batches]
     axes = np.array(drawn)[:, :, :2] * np.array([[width], [height]])
     sides = np.linalg.norm(axes, axis=1)
     area, aspect = np.abs(np.linalg.det(axes)) / (height * width), sides[:, 0] / sides[:, 1]
@@ -466,9 +461,8 @@ def test_correspondence_of_known_maps():
     # the left upper quarter of the image, enlarged, against the whole: four tokens of s fall into one of t
     zoom = maps([0.5, 0, 0], [0, 0.5, 0])
     zoomed = correspondence(zoom, IDENTITY, everywhere(4, 4), everywhere(4, 4), (4, 4), (4, 4))
-    assert torch.equal(
-        zoomed.cell[0].view(4, 4), torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [4, 4, 5, 5], [4, 4, 5, 5]])
-    )
+    fours = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [4, 4, 5, 5], [4, 4, 5, 5]])
+    assert torch.equal(zoomed.cell[0].view(4, 4), fours)
 
 
 def test_unknown_where_either_token_is_not_valid():
@@ -496,7 +490,7 @@ def test_correspondence_agrees_with_a_loop(grid_s, grid_t):
         for i in range(grid_s[0] * grid_s[1]):
             centre = [(i % grid_s[1] + 0.5) / grid_s[1], (i // grid_s[1] + 0.5) / grid_s[0], 1.0]
             x, y, _ = np.linalg.inv(square[1]) @ square[0] @ centre
-            assert got.position[b, i].numpy() == pytest.approx((x, y), abs=1e-9)
+            assert got.position[b, i].numpy() == pytest.approx((x, y), abs=1e-7)  # centres are float32
             inside = 0 <= x < 1 and 0 <= y < 1
             cell = int(y * grid_t[0]) * grid_t[1] + int(x * grid_t[1]) if inside else -1
             assert got.cell[b, i] == cell

@@ -46,8 +46,8 @@ def fit_probe(
     """Fit one L2-penalised logistic regression per finding on standardised features.
 
     The penalty is chosen per finding among ``strengths`` by the mean AUROC over folds that never part a patient. A
-    finding with fewer than ``folds`` patients on either side is not fitted: weights and score are 0, so its AUROC is
-    0.5 by construction, and the statistics say "not estimable" where it is as rare in the test images.
+    finding with fewer than ``folds`` patients on either side is not fitted: its weights and its strength are 0, and no
+    measure of it may be reported.
 
     Args:
         features: (N, C).

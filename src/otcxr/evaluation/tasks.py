@@ -141,7 +141,8 @@ def _linear(
 
     probe, scores = judge(encoder, "features")
     _, twin_scores = judge(twin, "random")
-    table = _compare(test_labels, scores, twin_scores, test_patients, findings, config)
+    fitted = probe.strength > 0
+    table = _compare(test_labels, scores, twin_scores, test_patients, findings, fitted, config)
     within = {}
     for attribute in config.within:
         values = np.array([getattr(record, attribute) or "unknown" for record in test.records])
@@ -150,7 +151,7 @@ def _linear(
             if rows.all():
                 continue
             within[f"{attribute}={value}"] = _compare(
-                test_labels[rows], scores[rows], twin_scores[rows], test_patients[rows], findings, config
+                test_labels[rows], scores[rows], twin_scores[rows], test_patients[rows], findings, fitted, config
             )
     result = {
         "task": "linear",
@@ -178,12 +179,25 @@ def _compare(
     twin: NDArray[np.float64],
     patients: NDArray[np.str_],
     findings: tuple[str, ...],
+    fitted: NDArray[np.bool_],
     config: EvaluateConfig,
 ) -> dict[str, Any]:
+    """Compare both networks; a finding without a probe is not estimable and in no mean, however many have it here."""
+    known = np.where(fitted, labels, np.nan)
     comparison = compare_scores(
-        labels, scores, twin, patients, findings, resamples=config.resamples, seed=config.seed, level=config.level
+        known, scores, twin, patients, findings, resamples=config.resamples, seed=config.seed, level=config.level
     )
-    return _table_json(comparison)
+    table = _table_json(comparison)
+    for f in np.flatnonzero(~fitted):
+        seen, positive = ~np.isnan(labels[:, f]), labels[:, f] == 1
+        for part in (table, table["random"], table["difference"]):
+            row = part["findings"][findings[f]]
+            row |= {"n": int(seen.sum()), "positives": int(positive.sum()), "patients": len(set(patients[seen]))}
+            for measure in ("auroc", "average_precision"):
+                row[measure]["note"] = (
+                    f"not fitted: fewer than {config.folds} patients with, or without, it in the split to fit on"
+                )
+    return table
 
 
 def _table_json(comparison: Comparison) -> dict[str, Any]:
