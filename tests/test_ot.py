@@ -139,6 +139,21 @@ def test_small_best_costs_agree_with_every_permutation():
     close((out.plan * cost).sum(), best, atol=2e-3)
 
 
+@pytest.mark.parametrize("epsilon", [0.02, 0.01, 0.005])
+def test_small_epsilon_converges_in_single_precision(epsilon):
+    """Far beyond what exp(-C / epsilon) can hold: C / epsilon goes up to 400, and float32 ends near exp(-100)."""
+    x, y = (torch.randn(4, 49, 3, generator=generator(s)) for s in (1, 2))
+    a, b = masses(4, 49, dtype=torch.float32), masses(4, 49, seed=1, dtype=torch.float32)
+    cost = cosine_cost(x, y)
+    assert cost.max() - cost.min() > 1.9
+    out = sinkhorn(cost, a, b, epsilon=epsilon, tolerance=1e-3, max_iterations=5000)
+    assert all(part.isfinite().all() for part in out)
+    assert out.converged.all()
+    for i in range(4):
+        slow = sinkhorn_by_loop(cost[i], a[i], b[i], epsilon, tolerance=1e-4, limit=1000)
+        close(out.value[i], slow.value, atol=1e-3)
+
+
 def test_large_epsilon_gives_the_independent_coupling():
     cost, a, b = problem(3, seed=9)
     out = sinkhorn(cost, a, b, epsilon=1e4, **TIGHT)

@@ -132,9 +132,9 @@ def test_labels_masks_and_boxes_agree(count, size, least):
             inside = np.zeros((len(boxes), len(rows)), bool)
             for k, box in enumerate(boxes):
                 assert min(box.x, box.y, box.width, box.height) >= 0
-                assert max(box.x + box.width, box.y + box.height) <= 1
-                left, top = box.x * size - 1e-3, box.y * size - 1e-3
-                right, bottom = left + box.width * size + 2e-3, top + box.height * size + 2e-3
+                assert max(box.x + box.width, box.y + box.height) <= size
+                left, top = box.x - 1e-3, box.y - 1e-3
+                right, bottom = left + box.width + 2e-3, top + box.height + 2e-3
                 inside[k] = (columns >= left) & (columns + 1 <= right) & (rows >= top) & (rows + 1 <= bottom)
                 own = inside[k]
                 assert own.any(), "a box without a pixel of its mask"
