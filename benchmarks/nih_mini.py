@@ -82,9 +82,9 @@ def write_table() -> None:
         "architecture, weights of seed 0 and BatchNorm statistics of the same images; the differences are paired.",
         "",
         "**What this can show.** That the software works on real input. The set is small and not a random sample: No "
-        "Finding is mostly AP here and Pneumonia mostly PA, and the two differ in exposure, so the pooled number "
-        "rewards telling projections apart; read it beside the two within-view rows. Two seeds of one small set cannot rank "
-        "methods.",
+        "Finding is mostly AP here and Pneumonia mostly PA, and the two differ in exposure: the pooled number "
+        "rewards telling projections apart; read it beside the two within-view rows. Two seeds of one small set cannot "
+        "rank methods.",
         "",
         f"## {FINDING}: AUROC of the linear probe",
         "",

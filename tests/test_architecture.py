@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "data.nih": "data errors",
     "data.phantom": "data errors",
     "data.phantom_anatomy": "data errors",
+    "data.phantom_render": "data errors",
     "data.records": "data errors",
     "data.sources": "data errors",
     "data.views": "data errors",

@@ -260,10 +260,9 @@ def test_cut_jpeg_is_refused_at_every_length(tmp_path):
     assert load_image(put(tmp_path, data)).shape == (1, 16, 16)
     assert load_image(put(tmp_path, data + b"\0" * 900)).shape == (1, 16, 16)  # padding after the end is common
     for length in range(len(data)):
-        with pytest.raises(DataError, match=r"x\.png"):
-            load_radiograph(put(tmp_path, data[:length]))
+        refuse(put(tmp_path, data[:length]), "cut short" if length > 1 else "x.png")
     for length in range(2, len(data) - 1, 7):  # as an interrupted copy into a file of full size leaves it
-        refuse(put(tmp_path, data[:length] + b"\0" * (len(data) - length)))
+        refuse(put(tmp_path, data[:length] + b"\0" * (len(data) - length)), "cut short")
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian])

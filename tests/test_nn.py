@@ -71,6 +71,22 @@ def test_stride_changes_the_map_not_the_weights(name):
     assert all(torch.equal(fine[k], coarse[k]) for k in fine)
 
 
+@pytest.mark.parametrize("name", CHANNELS)
+@torch.no_grad()
+def test_padding_changes_the_border_not_the_weights(name):
+    zeros, replicate = (
+        build_encoder(name, width=8, stride=16, padding=p, seed=0).eval() for p in ("zeros", "replicate")
+    )
+    mine, other = zeros.state_dict(), replicate.state_dict()
+    assert list(mine) == list(other)
+    assert all(torch.equal(mine[k], other[k]) for k in mine)
+    assert [m.shape for m in zeros(images(1, 1, 65, 97))] == [m.shape for m in replicate(images(1, 1, 65, 97))]
+    flat = torch.full((1, 1, 96, 96), 0.8)  # where nothing is to be seen, no position may know where it is
+    for with_zeros, without in zip(zeros(flat), replicate(flat), strict=True):
+        assert with_zeros.std((-2, -1)).max() > 1e-2 * with_zeros.abs().max()
+        torch.testing.assert_close(without, without[..., :1, :1].expand_as(without), rtol=1e-4, atol=1e-4)
+
+
 def torchvision_names(blocks, convolutions):
     """Names in torchvision's order, written down from its files; without ``fc``."""
 
@@ -150,6 +166,7 @@ def test_without_a_seed_the_global_state_decides():
         ({"name": "vit"}, "unknown encoder 'vit'; known: resnet18, resnet34, resnet50"),
         ({"name": "resnet18", "stride": 8}, "encoder.stride must be 16 or 32, received 8"),
         ({"name": "resnet18", "width": 3}, "encoder.width must be >= 4 .* received 3 and 1"),
+        ({"name": "resnet18", "padding": "reflect"}, "encoder.padding must be zeros or replicate, received 'reflect'"),
         ({"name": "resnet18", "in_channels": 0}, "in_channels >= 1, received 64 and 0"),
     ],
 )

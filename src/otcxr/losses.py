@@ -12,6 +12,7 @@ __all__ = [
     "masked_mean",
     "nt_xent",
     "nt_xent_chance",
+    "squared_difference",
     "variance",
     "variance_at_positions",
     "variance_within",
@@ -46,6 +47,12 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 def nt_xent_chance(pairs: int) -> float:
     """The value of ``nt_xent`` for embeddings without information: ln(2N - 1)."""
     return math.log(2 * pairs - 1)
+
+
+def squared_difference(first: Tensor, second: Tensor) -> Tensor:
+    """Mean over rows and dimensions of (first - second)^2, both (N, d). Source: VICReg, equation 5."""
+    with torch.autocast(first.device.type, enabled=False):
+        return (_wide(first) - _wide(second)).square().mean()
 
 
 def variance(rows: Tensor, target: float = 1.0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,16 +90,16 @@ class Method(NamedTuple):
     settings: Any
 
 
-def encode_views(encoder: Encoder, batch: ViewBatch) -> list[tuple[Tensor, ...]]:
-    """Encode all views; views of one size go through together, so they share one BatchNorm statistic.
+def encode_views(encoder: Encoder, views: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Encode views; those of one size go through together, so they share one BatchNorm statistic.
 
     Returns: For each view its maps, as ``Encoder.forward`` gives them.
     """
-    out: list[tuple[Tensor, ...]] = [()] * len(batch.views)
-    sizes = [tuple(view.shape[-2:]) for view in batch.views]
+    out: list[tuple[Tensor, ...]] = [()] * len(views)
+    sizes = [tuple(view.shape[-2:]) for view in views]
     for size in dict.fromkeys(sizes):
         members = [v for v, s in enumerate(sizes) if s == size]
-        maps = encoder(torch.cat([batch.views[v] for v in members]))
+        maps = encoder(torch.cat([views[v] for v in members]))
         parts = [m.chunk(len(members)) for m in maps]
         for place, v in enumerate(members):
             out[v] = tuple(part[place] for part in parts)

@@ -34,12 +34,19 @@ from torch import Tensor, nn
 
 from otcxr.data.geometry import ViewBatch, token_valid
 from otcxr.errors import ConfigError, DataError
-from otcxr.losses import covariance, masked_mean, variance, variance_at_positions, variance_within
+from otcxr.losses import (
+    covariance,
+    masked_mean,
+    squared_difference,
+    variance,
+    variance_at_positions,
+    variance_within,
+)
 from otcxr.methods.base import Match, Observed, SSLMethod, StepOutput, encode_views, tokens_of
 from otcxr.nn.attention import CrossViewAttention
 from otcxr.nn.encoder import Encoder, pool
 from otcxr.nn.heads import ProjectionHead, TokenProjector
-from otcxr.ot import Transport, cosine_cost, entropy, sinkhorn
+from otcxr.ot import Transport, at_least_float32, cosine_cost, entropy, sinkhorn
 
 __all__ = ["OTCXR", "OTCXRSettings"]
 
@@ -75,6 +82,8 @@ class OTCXRSettings:
         eta: Weight of the covariance term.
         global_weight: Weight of the global invariance: VICReg's three terms, with the same alpha, beta and eta, on a
             projection of the pooled tokens. 0 leaves it out.
+        global_hidden: Hidden width of the projector of pooled tokens.
+        global_outputs: Dimensions of their projection; wide, as in VICReg.
         variance_rows: What counts as a row of v: "pooled" (one per image), "tokens" (all), "position" (over the batch
             at each cell), "within-image" (over the tokens of each image); any combination.
         within_target: Standard deviation that "within-image" asks for; the other rows ask for 1.
@@ -85,7 +94,7 @@ class OTCXRSettings:
     temperature: float = 1.0
     floor: float = 0.1
     mass_area: float = 0.5
-    mass_weight: float = 1.0
+    mass_weight: float = 25.0
     infuse: bool = False
     heads: int = 8
     hidden: int = 512
@@ -100,7 +109,9 @@ class OTCXRSettings:
     beta: float = 25.0
     eta: float = 1.0
     global_weight: float = 1.0
-    variance_rows: tuple[str, ...] = ("within-image",)
+    global_hidden: int = 1024
+    global_outputs: int = 1024
+    variance_rows: tuple[str, ...] = ("within-image", "position")
     within_target: float = 1.0
 
     def __post_init__(self) -> None:
@@ -116,6 +127,12 @@ class OTCXRSettings:
         if not 0 <= self.floor < 1 or not 0 < self.mass_area <= 1:
             raise ConfigError(f"method.floor must be in [0, 1) and method.mass_area in (0, 1], received {self.floor} "
                               f"and {self.mass_area}")  # fmt: skip
+        sizes = ("heads", "hidden", "outputs", "global_hidden", "global_outputs")
+        weights = ("alpha", "beta", "eta", "global_weight", "mass_weight", "within_target")
+        for names, least in ((sizes, 1), (weights, 0)):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ConfigError(f"method.{name} must be at least {least}, received {getattr(self, name)}")
         if self.temperature <= 0 or self.epsilon <= 0 or self.tolerance <= 0 or self.max_iterations < 1:
             raise ConfigError("method.temperature, epsilon and tolerance must be > 0 and max_iterations >= 1")
         if self.objective != "value":
@@ -146,7 +163,7 @@ class OTCXR(SSLMethod):
         needs_cross_view = settings.infuse or settings.mass != "uniform"
         self.cross_view = CrossViewAttention(dim, settings.heads) if needs_cross_view else None
         self.pooled_projector = (
-            ProjectionHead(dim, settings.hidden, settings.outputs, final_norm=False)
+            ProjectionHead(dim, settings.global_hidden, settings.global_outputs, final_norm=False)
             if settings.global_weight > 0
             else None
         )
@@ -154,7 +171,7 @@ class OTCXR(SSLMethod):
 
     def forward(self, batch: ViewBatch, *, observe: bool = False) -> StepOutput:
         s = self.settings
-        maps = encode_views(self.encoder, batch)
+        maps = encode_views(self.encoder, batch.views[:2])
         pair = self._pair(maps[0][-1], maps[1][-1], batch)
         transport = pair.transport.value.mean()
         means = [masked_mean(q, valid) for q, valid in zip(pair.projections, pair.valid, strict=True)]
@@ -179,7 +196,7 @@ class OTCXR(SSLMethod):
 
     @torch.no_grad()
     def match(self, batch: ViewBatch) -> Match:
-        maps = encode_views(self.encoder, batch)
+        maps = encode_views(self.encoder, batch.views[:2])
         return _match(self._pair(maps[0][-1], maps[1][-1], batch))
 
     def _pair(self, map_s: Tensor, map_t: Tensor, batch: ViewBatch) -> _Pair:
@@ -201,8 +218,10 @@ class OTCXR(SSLMethod):
             q_s, q_t = self.projector(z_s + r_s), self.projector(z_t + r_t)
         else:
             q_s, q_t = self.projector(z_s), self.projector(z_t)
-        centre = torch.cat((q_s[valid_s], q_t[valid_t])).mean(0) if s.centred_cost else 0.0
-        cost = cosine_cost(q_s - centre, q_t - centre)
+        with torch.autocast(q_s.device.type, enabled=False):
+            wide_s, wide_t = at_least_float32(q_s), at_least_float32(q_t)
+            centre = torch.cat((wide_s[valid_s], wide_t[valid_t])).mean(0) if s.centred_cost else 0.0
+            cost = cosine_cost(wide_s - centre, wide_t - centre)
         transport = sinkhorn(
             cost, mu, nu, epsilon=s.epsilon, tolerance=s.tolerance, max_iterations=s.max_iterations,
             objective=s.objective, reach=s.reach,
@@ -257,7 +276,7 @@ class OTCXR(SSLMethod):
         pooled = [masked_mean(z, valid) for z, valid in zip(pair.tokens, pair.valid, strict=True)]
         g_s, g_t = self.pooled_projector(torch.cat(pooled)).chunk(2)
         return {
-            "global": (g_s - g_t).square().mean(),
+            "global": squared_difference(g_s, g_t),
             "global_variance": (variance(g_s) + variance(g_t)) / 2,
             "global_covariance": covariance(g_s) + covariance(g_t),
         }
@@ -268,7 +287,7 @@ class OTCXR(SSLMethod):
 
     def _concentration(self, mass: Tensor, valid: Tensor) -> Tensor:
         """How far the masses fall short of the wanted spread: mean of max(0, ln(mass_area n_valid) - H)."""
-        wanted = valid.sum(-1).log() + math.log(self.settings.mass_area)
+        wanted = valid.sum(-1).to(mass.dtype).log() + math.log(self.settings.mass_area)
         # an absent position counts as p = 1 (entropy 0): at p = 0 the slope of the entropy is infinite
         return (wanted - entropy(torch.where(valid, mass, 1.0))).clamp_min(0).mean()
 

@@ -37,6 +37,8 @@ class SimCLRSettings:
     temperature: float = 0.2
 
     def __post_init__(self) -> None:
+        if self.hidden < 1 or self.outputs < 1:
+            raise ConfigError(f"method.hidden and outputs must be at least 1, received {self.hidden}, {self.outputs}")
         if self.temperature <= 0:
             raise ConfigError(f"method.temperature must be > 0, received {self.temperature}")
 
@@ -49,7 +51,7 @@ class SimCLR(SSLMethod):
         self.head = ProjectionHead(encoder.channels[-1], settings.hidden, settings.outputs, final_norm=True)
 
     def forward(self, batch: ViewBatch, *, observe: bool = False) -> StepOutput:
-        maps = encode_views(self.encoder, batch)[:2]
+        maps = encode_views(self.encoder, batch.views[:2])
         pooled = torch.cat([pool(m) for m in maps])
         first, second = self.head(pooled).chunk(2)
         loss = nt_xent(first, second, self.settings.temperature)

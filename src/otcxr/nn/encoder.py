@@ -26,6 +26,7 @@ class Architecture(NamedTuple):
     in_channels: int
     width: int
     stride: int
+    padding: str = "zeros"
 
 
 class Encoder(nn.Module, ABC):
@@ -68,7 +69,13 @@ ENCODERS: dict[str, Callable[[Architecture], Encoder]] = {
 
 
 def build_encoder(
-    name: str, *, in_channels: int = 1, width: int = 64, stride: int = 32, seed: int | None = None
+    name: str,
+    *,
+    in_channels: int = 1,
+    width: int = 64,
+    stride: int = 32,
+    padding: str = "zeros",
+    seed: int | None = None,
 ) -> Encoder:
     """Build an encoder with random weights.
 
@@ -78,8 +85,10 @@ def build_encoder(
         width: Channels of the stem; 64 is the published network, 16 suits studies on a CPU.
         stride: Pixels per position of the last map, 16 or 32. 16 keeps the resolution of the last stage: the same
             parameters, a finer map.
+        padding: What convolutions see beyond the border: "zeros", as published, or "replicate", the nearest pixel.
+            Zeros tell every position how far from the border it is; "replicate" does so much less.
         seed: Fixes the initial weights without touching the global random state; None draws from the global state.
-    Raises: ConfigError: unknown name, or a width or stride that cannot be built.
+    Raises: ConfigError: unknown name or padding, or a width or stride that cannot be built.
     """
     if name not in ENCODERS:
         raise ConfigError(f"unknown encoder '{name}'{did_you_mean(name, ENCODERS)}")
@@ -87,7 +96,9 @@ def build_encoder(
         raise ConfigError(f"encoder.stride must be 16 or 32, received {stride}")
     if width < 4 or in_channels < 1:
         raise ConfigError(f"encoder.width must be >= 4 and in_channels >= 1, received {width} and {in_channels}")
-    architecture = Architecture(name, in_channels, width, stride)
+    if padding not in ("zeros", "replicate"):
+        raise ConfigError(f"encoder.padding must be zeros or replicate, received '{padding}'")
+    architecture = Architecture(name, in_channels, width, stride, padding)
     if seed is None:
         return ENCODERS[name](architecture)
     with torch.random.fork_rng(devices=[]):

@@ -6,6 +6,8 @@ Source: He et al., CVPR 2016, arXiv:1512.03385, with the stride of the bottlenec
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from otcxr.nn.encoder import Architecture, Encoder
@@ -13,8 +15,9 @@ from otcxr.nn.encoder import Architecture, Encoder
 __all__ = ["ResNet"]
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: str = "zeros") -> nn.Conv2d:
+    mode: Any = padding
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False, padding_mode=mode)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
@@ -28,12 +31,12 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, padding: str) -> None:
         super().__init__()
-        self.conv1 = _conv(inputs, width, 3, stride)
+        self.conv1 = _conv(inputs, width, 3, stride, padding)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
-        self.conv2 = _conv(width, width, 3)
+        self.conv2 = _conv(width, width, 3, 1, padding)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = _shortcut(inputs, width, stride)
 
@@ -48,12 +51,12 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, padding: str) -> None:
         super().__init__()
         outputs = width * self.expansion
         self.conv1 = _conv(inputs, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv(width, width, 3, stride)
+        self.conv2 = _conv(width, width, 3, stride, padding)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = _conv(width, outputs, 1)
         self.bn3 = nn.BatchNorm2d(outputs)
@@ -82,14 +85,14 @@ class ResNet(Encoder):
         block, layers = _LAYERS[architecture.name]
         width, last = architecture.width, 1 if architecture.stride == 16 else 2
         self.architecture = architecture
-        self.conv1 = nn.Conv2d(architecture.in_channels, width, 7, 2, padding=3, bias=False)
+        self.conv1 = _conv(architecture.in_channels, width, 7, 2, architecture.padding)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        self.layer1 = _stage(block, width, width, layers[0], 1)
-        self.layer2 = _stage(block, width * block.expansion, 2 * width, layers[1], 2)
-        self.layer3 = _stage(block, 2 * width * block.expansion, 4 * width, layers[2], 2)
-        self.layer4 = _stage(block, 4 * width * block.expansion, 8 * width, layers[3], last)
+        self.layer1 = _stage(block, width, width, layers[0], 1, architecture.padding)
+        self.layer2 = _stage(block, width * block.expansion, 2 * width, layers[1], 2, architecture.padding)
+        self.layer3 = _stage(block, 2 * width * block.expansion, 4 * width, layers[2], 2, architecture.padding)
+        self.layer4 = _stage(block, 4 * width * block.expansion, 8 * width, layers[3], last, architecture.padding)
         self.channels = (width, *(width * 2**i * block.expansion for i in range(4)))
         self.strides = (2, 4, 8, 16, architecture.stride)
         for module in self.modules():
@@ -107,7 +110,7 @@ class ResNet(Encoder):
 
 
 def _stage(
-    block: type[BasicBlock] | type[Bottleneck], inputs: int, width: int, count: int, stride: int
+    block: type[BasicBlock] | type[Bottleneck], inputs: int, width: int, count: int, stride: int, padding: str
 ) -> nn.Sequential:
-    later = [block(width * block.expansion, width, 1) for _ in range(count - 1)]
-    return nn.Sequential(block(inputs, width, stride), *later)
+    later = [block(width * block.expansion, width, 1, padding) for _ in range(count - 1)]
+    return nn.Sequential(block(inputs, width, stride, padding), *later)
