@@ -357,3 +357,22 @@ def test_from_transport_to_verdict():
     peak[:, 5] = 1 - 15e-3
     narrow = verdict(observe(observed(match=solved(matching, peak)), batch))
     assert narrow.text.startswith("mass collapse: the mass sits on 1.1 of 16 tokens")
+
+
+def test_a_position_code_is_called_what_it_is():
+    """A plan that pairs equal places, though the views show different ones, scores well and has seen nothing."""
+    shift = 1  # every true position is one column to the right: within one cell of the same place
+    true_cells = [i + shift if i % SIDE + shift < SIDE else -1 for i in range(CELLS)]
+    scores = correspondence_score(pairing(list(range(CELLS))), truth(true_cells), (SIDE, SIDE))
+    assert scores["hits"] == scores["hits_same_cell"] == scores["same_cell"] == 1.0
+    assert scores["same_cell_true"] == 0.0
+    now = {
+        "embedding_std": 0.1, "embedding_std_reference": 0.1, "effective_rank": 20.0, "effective_rank_limit": 63.0,
+        "spatial_diversity": 0.5, **scores,
+    }  # fmt: skip
+    judged = verdict(now)
+    assert not judged.healthy
+    assert "position shortcut" in judged.text
+    right = correspondence_score(pairing([max(c, 0) for c in true_cells]), truth(true_cells), (SIDE, SIDE))
+    assert right["same_cell"] < 0.2
+    assert verdict({**now, **right}).healthy

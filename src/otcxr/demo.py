@@ -29,7 +29,7 @@ def demo_config(out: str | Path) -> PretrainConfig:
         data=DataConfig(source="phantom:2400,seed=1,size=96,lesion_size=2"),
         views=ViewsConfig(size=96),
         encoder=EncoderConfig(name="resnet18", width=16),
-        train=TrainConfig(epochs=12, batch_size=64, learning_rate=2e-3, accelerator="cpu"),
+        train=TrainConfig(epochs=16, batch_size=64, learning_rate=2e-3, accelerator="cpu"),
         out=str(out),
     )
 

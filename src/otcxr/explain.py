@@ -161,34 +161,37 @@ def explain_probe(
 ) -> list[dict[str, str]]:
     """Draw heat maps of the linear probe's findings over test images, with expert boxes where there are any.
 
-    For every finding that the probe fitted: up to ``each`` images that have it, those with a box first, then by name.
+    For every finding that the probe fitted: up to ``each`` images that have it, those with a box first, in their order.
     The choice does not look at scores, so misses are shown as they come.
 
-    Raises: DataError: the run has no linear probe yet.
+    Raises: DataError: the run has no linear probe yet, or it was judged on other images.
     """
     path = run.path / "evaluation" / "linear.npz"
     if not path.is_file():
         raise DataError(f"{path} is missing; run 'otcxr evaluate {run.path}' first")
     with np.load(path) as stored:
         weights, bias, strength = stored["weights"], stored["bias"], stored["strength"]
-        findings, names, scores = [str(f) for f in stored["findings"]], stored["images"], stored["scores"]
+        findings, names, scores = [str(f) for f in stored["findings"]], stored["images"].tolist(), stored["scores"]
+    if names != [record.name for record in records]:
+        raise DataError(f"{path} was made on other images than these; run 'otcxr evaluate {run.path}' again")
     model = ProbedEncoder(encoder, weights, bias)
-    rank = {str(name): scores[row] for row, name in enumerate(names)}
     fitted = [f for f in range(len(findings)) if strength[f] > 0]
     entries = []
     with (progress or SilentProgress()).bar("heat maps", len(fitted), "findings") as bar:
         for done, f in enumerate(fitted):
             finding = findings[f]
-            present = [r for r in records if r.labels.get(finding) == 1 and r.name in rank]
-            present.sort(key=lambda r: (not any(b.finding == finding for b in r.boxes), r.name))
-            if not present[:each]:
+            present = [row for row, record in enumerate(records) if record.labels.get(finding) == 1]
+            boxed_rows = {row for row in present if any(box.finding == finding for box in records[row].boxes)}
+            chosen = [*sorted(boxed_rows), *(row for row in present if row not in boxed_rows)][:each]
+            if not chosen:
                 continue
             images, boxes, titles = [], [], []
-            for record in present[:each]:
+            for row in chosen:
+                record = records[row]
                 image = read_pixels(record.image).image
                 images.append(fit_square(image, size))
                 boxes.append([_in_square(b, *image.shape[-2:]) for b in record.boxes if b.finding == finding])
-                percentile = float((scores[:, f] < rank[record.name][f]).mean())
+                percentile = float((scores[:, f] < scores[row, f]).mean())
                 titles.append(f"{record.name}\nscore above {percentile:.0%} of test images")
             maps = heat_map(model, torch.stack(images), f).numpy()
             figure = draw_heat_maps([i[0].numpy() for i in images], maps, boxes, titles, finding)

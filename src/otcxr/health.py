@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -45,8 +45,10 @@ def correspondence_score(match: Match, true: Correspondence, grid: tuple[int, in
     """Does the plan pair positions that show the same anatomy?
 
     Over tokens whose true position is known: share whose plan arg-max is at most one cell (in x and in y) from the true
-    cell; share that is exactly it; the first weighted by mass; the first for the nearest neighbour by cost; and what a
-    random valid token would score on this grid.
+    cell; share that is exactly it; the first weighted by mass; the first for the nearest neighbour by cost; what a
+    random valid token would score on this grid; and what pairing equal grid positions would score. The last two tell
+    seeing from knowing the place: a network that encodes the position in the view instead of what is there pairs equal
+    positions, scores ``hits_same_cell`` and has seen nothing; ``same_cell`` is the share of the plan that does so.
 
     Args:
         match: The pairing of two views.
@@ -76,6 +78,21 @@ def correspondence_score(match: Match, true: Correspondence, grid: tuple[int, in
         "hits_by_mass": float((mass * by_plan).sum() / mass.sum().clamp_min(torch.finfo(mass.dtype).tiny)),
         "hits_nearest_neighbour": float(by_cost[known].double().mean()),
         "hits_chance": float(chance[known].double().mean()),
+        **_same_cell(match, true, near),
+    }
+
+
+def _same_cell(match: Match, true: Correspondence, near: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Share of plan arg-max at the same grid position, how often that is right, and how near it is."""
+    n, m = match.plan.shape[-2:]
+    if n != m:  # views of different size have no equal positions
+        return {}
+    own = torch.arange(n, device=match.plan.device).expand(match.plan.shape[:-1])
+    known = true.known
+    return {
+        "same_cell": float((match.plan.argmax(-1) == own)[known].double().mean()),
+        "same_cell_true": float((true.cell == own)[known].double().mean()),
+        "hits_same_cell": float(near(own)[known].double().mean()),
     }
 
 
@@ -146,11 +163,15 @@ def verdict(now: Mapping[str, float]) -> Verdict:
         if math.exp(now["entropy_mu"] - now["entropy_uniform"]) < 0.15:
             problems.append(f"mass collapse: the mass sits on {math.exp(now['entropy_mu']):.1f} of "
                             f"{math.exp(now['entropy_uniform']):.0f} tokens")  # fmt: skip
+    if now.get("same_cell", 0.0) > 0.8 and now["same_cell"] > now["same_cell_true"] + 0.3:
+        problems.append(f"position shortcut: {now['same_cell']:.0%} of positions are paired with the same place in the "
+                        f"other view, where {now['same_cell_true']:.0%} belong")  # fmt: skip
     if problems:
         return Verdict(False, "; ".join(problems))
     text = f"healthy: effective rank {now['effective_rank']:.1f} of {now['effective_rank_limit']:.0f}, "
     text += f"{now['spatial_diversity']:.0%} of token variance within images"
     if "hits" in now:
         text += f", correspondence {now['hits']:.2f} (nearest neighbour {now['hits_nearest_neighbour']:.2f}, "
-        text += f"chance {now['hits_chance']:.2f})"
+        text += f"chance {now['hits_chance']:.2f}"
+        text += f", same place {now['hits_same_cell']:.2f})" if "hits_same_cell" in now else ")"
     return Verdict(True, text)

@@ -24,8 +24,10 @@ _HEALTH = (
      (("effective_rank", "effective rank"), ("effective_rank_limit", "limit"))),
     ("Share of token variance within images", "near 0 the map is constant within each image",
      (("spatial_diversity", "within images"),)),
-    ("Correspondence", "share of positions matched to within one cell of the true one",
-     (("hits", "plan"), ("hits_nearest_neighbour", "nearest neighbour"), ("hits_chance", "chance"))),
+    ("Correspondence", "share of positions matched to within one cell of the true one; 'same place' is what a network "
+     "scores that knows only where it is in the view",
+     (("hits", "plan"), ("hits_nearest_neighbour", "nearest neighbour"), ("hits_same_cell", "same place"),
+      ("hits_chance", "chance"))),
     ("Entropy of masses and plan, nats", "a plan at the dashed line matches nothing; near the masses it is one-to-one",
      (("entropy_plan", "plan"), ("entropy_mu", "first mass"), ("entropy_nu", "second mass"),
       ("entropy_independent", "no matching"))),

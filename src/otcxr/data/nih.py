@@ -57,8 +57,12 @@ def read_nih(text: str) -> Collection:
     splits = _read_splits(root)
     records: list[Record] = []
     skipped: list[Skipped] = []
+    seen: set[str] = set()
     for row in _rows(table, _COLUMNS):
         name = row["Image Index"]
+        if name in seen:
+            raise DataError(f"{table} names {name} twice; remove one of the lines")
+        seen.add(name)
         if name not in images:
             skipped.append(Skipped(name, "missing"))
             continue

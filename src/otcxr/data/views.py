@@ -199,6 +199,7 @@ def _change_intensity(
     out = np.power(view, np.float32(gamma))
     mean = np.float32(out[inside].mean() if inside.any() else 0.5)
     out = (out - mean) * np.float32(contrast) + mean + np.float32(shift)
+    out = np.where(inside, out, mean + np.float32(shift))  # so that a blur draws no dark edge along invalid pixels
     if blurred:
         out = cv2.GaussianBlur(out, (0, 0), sigma)
     if noise > 0:
