@@ -636,7 +636,7 @@ def test_the_global_term_does_not_overflow_in_half_precision():
     [
         ({"mass": "scores"}, "method.mass must be one of score, attention, uniform, received 'scores'"),
         ({"variance_rows": ("tokens", "image")}, "method.variance_rows may hold pooled, .*; received 'image'"),
-        ({"mass_gradient": False}, "method.mass_gradient = false needs method.mass = attention"),
+        ({"mass_gradient": False}, "method.mass = score needs method.mass_gradient = true"),
         ({"floor": 1.0}, r"method.floor must be in \[0, 1\).* received 1.0"),
         ({"floor": -0.1}, "method.floor must be in .* received -0.1"),
         ({"mass_area": 0.0}, r"method.mass_area in \(0, 1\], received 0.1 and 0.0"),

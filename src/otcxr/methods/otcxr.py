@@ -62,7 +62,9 @@ class OTCXRSettings:
         mass: Where the masses come from: "score" (a head on R, softmax), "attention" (what a token receives from the
             other view, mean over heads and queries) or "uniform".
         mass_gradient: Let the transport term train the masses. False only with "attention": a score head without
-            gradient would stay as it was made.
+            gradient would stay as it was made. Without gradient and without ``infuse`` nothing trains CV-SIM: it is a
+            fixed random attention, and the masses are nearly uniform. With gradient, masses were seen to gather on
+            tokens that are all alike, where every match is cheap (docs/otcxr.md).
         temperature: Of the softmax of the scores.
         floor: kappa in mu <- (1 - kappa) mu + kappa / n_valid; without one all mass can fall on one cell.
         mass_area: Share of the valid tokens that the masses should at least spread over, as exp(H) / n_valid.
@@ -89,8 +91,8 @@ class OTCXRSettings:
         within_target: Standard deviation that "within-image" asks for; the other rows ask for 1.
     """
 
-    mass: str = "score"
-    mass_gradient: bool = True
+    mass: str = "attention"
+    mass_gradient: bool = False
     temperature: float = 1.0
     floor: float = 0.1
     mass_area: float = 0.5
@@ -122,7 +124,7 @@ class OTCXRSettings:
             raise ConfigError(f"method.variance_rows may hold {', '.join(_ROWS)}; received '{unknown[0]}'")
         if not self.mass_gradient and self.mass == "score":
             raise ConfigError(
-                "method.mass_gradient = false needs method.mass = attention: a score head without gradient never learns"
+                "method.mass = score needs method.mass_gradient = true: a score head without gradient never learns"
             )
         if not 0 <= self.floor < 1 or not 0 < self.mass_area <= 1:
             raise ConfigError(f"method.floor must be in [0, 1) and method.mass_area in (0, 1], received {self.floor} "
@@ -162,6 +164,8 @@ class OTCXR(SSLMethod):
         self.projector = TokenProjector(dim, settings.hidden, settings.outputs)
         needs_cross_view = settings.infuse or settings.mass != "uniform"
         self.cross_view = CrossViewAttention(dim, settings.heads) if needs_cross_view else None
+        if self.cross_view is not None and not settings.infuse and not settings.mass_gradient:
+            self.cross_view.requires_grad_(False)  # nothing would train it: then it is a fixed random attention
         self.pooled_projector = (
             ProjectionHead(dim, settings.global_hidden, settings.global_outputs, final_norm=False)
             if settings.global_weight > 0
