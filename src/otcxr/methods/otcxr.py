@@ -110,7 +110,7 @@ class OTCXRSettings:
     alpha: float = 25.0
     beta: float = 25.0
     eta: float = 1.0
-    global_weight: float = 1.0
+    global_weight: float = 2.0
     global_hidden: int = 1024
     global_outputs: int = 1024
     variance_rows: tuple[str, ...] = ("within-image", "position")
