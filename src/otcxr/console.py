@@ -51,13 +51,13 @@ class RichProgress:
 
     @contextmanager
     def bar(self, title: str, total: int, unit: str) -> Iterator[Bar]:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Columns
 
         columns = Columns(
-            TextColumn("{task.description:<22}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False), TextColumn("{task.fields[text]}"),
+            TextColumn("{task.description:<20}"), BarColumn(bar_width=14), TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("left"),
+            TextColumn("{task.fields[text]}"),
             console=self.console, refresh_per_second=4,
         )  # fmt: skip
         with columns as shown:
