@@ -13,6 +13,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -119,7 +120,8 @@ def write_table() -> None:
             )
     text += [
         "",
-        "Findings with fewer than five positive or negative patients are not estimable and are left out.",
+        "Findings with fewer than five positive or negative patients are not estimable and are left out. † fewer than 20 "
+        "patients on one side: the interval is too short.",
         "",
         "## Health at the last step",
         "",
@@ -153,11 +155,12 @@ def write_table() -> None:
     write_atomic(RESULTS / "nih-mini.md", "\n".join(text))
 
 
-def interval(estimate: dict[str, float | None], sign: str = "") -> str:
+def interval(estimate: dict[str, Any], sign: str = "") -> str:
     """An estimate with its interval; says so where there is none."""
     if estimate["value"] is None:
         return "not estimable"
-    return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]"
+    mark = " †" if estimate["caution"] else ""
+    return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]{mark}"
 
 
 def main() -> None:

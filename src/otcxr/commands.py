@@ -216,9 +216,11 @@ def _print_table(result: dict[str, Any], progress: RichProgress) -> None:
                 )  # fmt: skip
             progress.console.print(table)
             progress.console.print()
+    progress.say("† fewer than 20 patients on one side, or scores that part them perfectly: too short an interval")
 
 
 def _short(estimate: dict[str, Any], sign: str = "") -> str:
     if estimate["value"] is None:
         return "not estimable"
-    return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.2f}, {estimate['high']:{sign}.2f}]"
+    mark = "†" if estimate["caution"] else ""
+    return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.2f}, {estimate['high']:{sign}.2f}]{mark}"

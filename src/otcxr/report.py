@@ -59,6 +59,7 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
     template = resources.files("otcxr").joinpath("templates/report.html").read_text()
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["interval"] = _interval
+    environment.filters["bounds"] = _bounds
     page = environment.from_string(template).render(
         runs=[_facts(run) for run in runs],
         version=__version__,
@@ -178,4 +179,12 @@ def _interval(estimate: Mapping[str, Any], sign: str = "") -> str:
     """An estimate as text; says so where there is none."""
     if estimate["value"] is None:
         return "not estimable"
-    return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]"
+    mark = " †" if estimate["caution"] else ""
+    return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]{mark}"
+
+
+def _bounds(estimate: Mapping[str, Any], sign: str = "") -> str:
+    """The interval alone."""
+    if estimate["value"] is None:
+        return "not estimable"
+    return f"[{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]"
