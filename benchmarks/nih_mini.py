@@ -120,8 +120,8 @@ def write_table() -> None:
             )
     text += [
         "",
-        "Findings with fewer than five positive or negative patients are not estimable and are left out. † fewer than 20 "
-        "patients on one side: the interval is too short.",
+        "Findings with fewer than five positive or negative patients are not estimable and are left out. † fewer than "
+        "20 patients on one side: the interval is too short.",
         "",
         "## Health at the last step",
         "",

@@ -67,6 +67,7 @@ MAY_IMPORT = {
     "evaluation.features": EVALUATION,
     "evaluation.metrics": EVALUATION,
     "evaluation.results": EVALUATION,
+    "evaluation.estimates": EVALUATION,
     "evaluation.statistics": EVALUATION,
     "evaluation.tasks": EVALUATION,
     "explain": "nn ot data runs attribution config console errors",

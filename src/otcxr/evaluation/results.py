@@ -13,13 +13,12 @@ import numpy as np
 from otcxr.console import Progress
 from otcxr.data.sources import open_collection
 from otcxr.errors import DataError
+from otcxr.evaluation.estimates import MEASURES
 from otcxr.evaluation.tasks import EvaluateConfig, Evaluation, evaluate
 from otcxr.nn.encoder import load_encoder
 from otcxr.runs import Run, write_atomic
 
 __all__ = ["evaluate_run", "rows_of", "write_evaluation"]
-
-_MEASURES = ("auroc", "average_precision")
 
 
 def evaluate_run(
@@ -88,7 +87,7 @@ def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for group, table in [("all", result), *result["within"].items()]:
         for finding in [*table["findings"], "macro"]:
             counts = _pick(table, finding)
-            for measure in _MEASURES:
+            for measure in MEASURES:
                 row = {"images": group, "finding": finding, "measure": measure, "n": counts["n"],
                        "positives": counts["positives"], "patients": counts["patients"]}  # fmt: skip
                 for name, part in (("", table), ("random_", table["random"]), ("difference_", table["difference"])):
