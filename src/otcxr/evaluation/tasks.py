@@ -192,7 +192,12 @@ def _compare(
         seen, positive = ~np.isnan(labels[:, f]), labels[:, f] == 1
         for part in (table, table["random"], table["difference"]):
             row = part["findings"][findings[f]]
-            row |= {"n": int(seen.sum()), "positives": int(positive.sum()), "patients": len(set(patients[seen]))}
+            row |= {
+                "n": int(seen.sum()), "positives": int(positive.sum()), "patients": len(set(patients[seen])),
+                "positive_patients": len(set(patients[positive])),
+                "negative_patients": len(set(patients[labels[:, f] == 0])),
+                "prevalence": float(positive.sum() / seen.sum()) if seen.any() else None,
+            }  # fmt: skip
             for measure in ("auroc", "average_precision"):
                 row[measure]["note"] = (
                     f"not fitted: fewer than {config.folds} patients with, or without, it in the split to fit on"
