@@ -91,6 +91,10 @@ BAD = {
     "no settings file": (["--config", "{tmp}/none.yaml", "--data.source", "phantom:8"], "cannot be read"),
     "settings file with unknown name": (["--config", "{tmp}/bad.yaml", "--data.source", "phantom:8"],
                                         "unknown setting views.siez in"),
+    "settings file that is no text": (["--config", "{tmp}/binary.yaml", "--data.source", "phantom:8"], "is not UTF-8"),
+    "method as plain text": (["--config", "{tmp}/plain.yaml", "--data.source", "phantom:8"], "is a group of settings"),
+    "text for a list": (["--data.source", "phantom:8", "--views.scale", "big"], "write it as a list, such as [a, b]"),
+    "negative seed": (["--data.source", "phantom:8", "--seed", "-1"], "seed must be >= 0"),
     "source missing": ([], "data.source"),
     "later method": (["--data.source", "phantom:8", "--method.objective", "sharp"], "not available yet"),
 }  # fmt: skip
@@ -104,6 +108,8 @@ def bad_inputs(tmp_path_factory):
     folder_of_pictures(tmp / "broken", broken=5)
     (folder_of_pictures(tmp / "table") / "labels.csv").write_text("image,person\n00.png,1\n")
     (tmp / "bad.yaml").write_text("views:\n  siez: 3\n")
+    (tmp / "plain.yaml").write_text("views: 3\n")
+    (tmp / "binary.yaml").write_bytes(b"\xff\xfe\x00a")
     return tmp
 
 
@@ -135,6 +141,37 @@ def test_other_commands_too(words, expected, bad_inputs, capsys):
     code, lines = run_line([word.replace("{tmp}", str(bad_inputs)) for word in words], capsys)
     assert (code, len(lines)) == (1, 1)
     assert expected in lines[0]
+
+
+def test_a_path_that_cannot_be_written_is_one_line(bad_inputs, tmp_path, capsys):
+    (tmp_path / "file.txt").write_text("x")
+    out = str(tmp_path / "file.txt" / "run")
+    code, lines = run_line(["pretrain", "--data.source", f"folder:{bad_inputs}/good", *SMALL, "--out", out], capsys)
+    assert (code, len(lines)) == (1, 1)
+    assert "file.txt" in lines[0]
+    words = ["data", "inspect", f"folder:{bad_inputs}/good", "--skipped", str(tmp_path / "no" / "x.csv")]
+    code, lines = run_line(words, capsys)
+    assert (code, len(lines)) == (1, 1)
+
+
+def test_heat_maps_of_an_earlier_encoder_are_refused(tmp_path, capsys):
+    """Evaluate, train on, explain: the probe no longer belongs to the encoder."""
+    run = str(tmp_path / "run")
+    words = ["pretrain", "--data.source", "phantom:120,seed=5,size=32", "--out", run, *SMALL]
+    assert main(words) == 0
+    assert main(["evaluate", run, "--eval.resamples", "20"]) == 0
+    from otcxr.nn.encoder import load_encoder
+    from otcxr.runs import Run
+
+    encoder = load_encoder(run)
+    encoder.conv1.weight.data.mul_(1.01)
+    Run(run).write_weights(encoder, encoder, {"input_size": 32, "source": "phantom:120,seed=5,size=32"})
+    capsys.readouterr()
+    code, lines = run_line(["explain", run], capsys)
+    assert (code, len(lines)) == (1, 1)
+    assert "earlier state of the encoder; run 'otcxr evaluate" in lines[0]
+    assert main(["report", run]) == 0
+    assert "earlier state" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_gpu_where_none_is_and_another_architecture(tmp_path, capsys):

@@ -62,7 +62,7 @@ def test_cache_loses_nothing(tmp_path, dtype):
     for limit in (1.0, 0.0):
         cache = PixelCache(limit)
         for _ in range(2):
-            assert equal(cache.get(0, path), direct)
+            assert equal(cache.get(path), direct)
     assert np.array_equal(direct.image[0].numpy(), pixels.astype(np.float32) / np.float32(top))
 
 
@@ -71,13 +71,13 @@ def test_cache_limit_changes_no_number(folder):
     images = [*sorted(folder.glob("[0-5].png")), *(r.image for r in open_collection("phantom:2,size=32").records)]
     everything, nothing, some = PixelCache(1.0), PixelCache(0.0), PixelCache(3e-6)
     for _ in range(2):
-        for index, image in enumerate(images):
-            expected = everything.get(index, image)
-            assert equal(nothing.get(index, image), expected)
-            assert equal(some.get(index, image), expected)
+        for image in images:
+            expected = everything.get(image)
+            assert equal(nothing.get(image), expected)
+            assert equal(some.get(image), expected)
             assert (expected.image - read_pixels(image).image).abs().max() <= 0.5 / 65535 + 1e-7
             assert torch.equal(expected.valid, read_pixels(image).valid)
-    assert not everything.get(3, images[3]).valid.all()
+    assert not everything.get(images[3]).valid.all()
 
 
 class Counted:
@@ -96,26 +96,28 @@ def test_cache_reads_once_what_fits():
     image = Counted()
     cache = PixelCache(200e-9)  # exactly one: 100 pixels of 16 bits
     for _ in range(3):
-        assert cache.get(0, image).spacing == (0.1, 0.2)
+        assert cache.get(image).spacing == (0.1, 0.2)
     assert image.count == 1
     other = Counted()
     for _ in range(3):
-        cache.get(1, other)
+        cache.get(other)
     assert other.count == 3
     small = PixelCache(199e-9)
-    small.get(0, image)
-    small.get(0, image)
+    small.get(image)
+    small.get(image)
     assert image.count == 3
 
 
 def test_cached_pixels_are_not_shared():
     """A caller may change what it gets; the next one must not see it."""
     cache = PixelCache(1.0)
-    first = cache.get(0, Counted())
+    counted = Counted()
+    first = cache.get(counted)
     first.image.zero_()
     first.valid.zero_()
-    assert cache.get(0, Counted()).image.max() == 1
-    assert cache.get(0, Counted()).valid.all()
+    assert cache.get(counted).image.max() == 1
+    assert cache.get(counted).valid.all()
+    assert counted.count == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- checking
@@ -134,13 +136,25 @@ def test_check_records_counts_and_lists(folder):
     assert check_records(collection, PixelCache(0.0), 0.34)[0] == usable
 
 
+def test_an_image_that_is_mostly_padding_is_listed(tmp_path, save_png):
+    """It would give views without a single valid token, which no dense method can use."""
+    picture = np.zeros((100, 100), np.uint8)
+    picture[40:52, 40:52] = np.arange(144, dtype=np.uint8).reshape(12, 12) + 20
+    save_png("stamp.png", picture)
+    save_png("whole.png", np.tile(np.arange(100, dtype=np.uint8) + 50, (100, 1)))
+    collection = Collection("x", (), records_of([tmp_path / "stamp.png", tmp_path / "whole.png"]))
+    usable, skipped = check_records(collection, PixelCache(1.0), 0.5)
+    assert usable == [1]
+    assert "only 1.4% of its area is a picture" in skipped[0].reason
+
+
 def test_check_records_fills_the_cache():
     images = [Counted() for _ in range(5)]
     collection = Collection("x", (), [Record(image, str(i), str(i)) for i, image in enumerate(images)])
     cache = PixelCache(1.0)
     check_records(collection, cache, 0.0)
-    for index, image in enumerate(images):
-        cache.get(index, image)
+    for image in images:
+        cache.get(image)
         assert image.count == 1
 
 
@@ -179,7 +193,7 @@ def test_write_skipped(tmp_path):
     write_skipped(path, listed)
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
-    assert rows == [["image", "reason"], list(listed[0]), ["M\\udcfcller.png", "missing ü"]]
+    assert rows == [["image", "reason"], list(listed[0][:2]), ["M\\udcfcller.png", "missing ü"]]
     write_skipped(path, [])
     assert path.read_text() == "image,reason\n"
     assert [p.name for p in tmp_path.iterdir()] == ["skipped.csv"]
@@ -275,7 +289,7 @@ def test_items_depend_on_epoch_and_index(folder):
 
 def test_whole_images_for_evaluation(folder):
     paths = sorted(folder.glob("[0-5].png"))
-    dataset = ImageDataset(records_of(paths), 20)
+    dataset = ImageDataset(records_of(paths), 20, PixelCache(1.0))
     assert len(dataset) == 6
     for index, path in enumerate(paths):
         assert dataset[index].shape == (1, 20, 20)
@@ -283,5 +297,5 @@ def test_whole_images_for_evaluation(folder):
         assert torch.equal(dataset[index], fit_square(load_image(path), 20))
     assert torch.stack([dataset[i] for i in range(6)]).shape == (6, 1, 20, 20)
     phantoms = open_collection("phantom:2,size=32").records
-    assert ImageDataset(phantoms, 32)[1].shape == (1, 32, 32)
+    assert ImageDataset(phantoms, 32, PixelCache(0.0))[1].shape == (1, 32, 32)
     assert isinstance(paths[0], Path)

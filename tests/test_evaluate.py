@@ -9,15 +9,16 @@ import torch
 
 from otcxr.console import SilentProgress
 from otcxr.data import open_collection
+from otcxr.data.dataset import PixelCache
 from otcxr.data.records import Collection
 from otcxr.errors import ConfigError, DataError
 from otcxr.evaluation import evaluate
 from otcxr.evaluation.classify import fit_probe
-from otcxr.evaluation.features import calibrate_norms, encoder_digest, pooled_features
+from otcxr.evaluation.features import calibrate_norms, pooled_features
 from otcxr.evaluation.results import rows_of
 from otcxr.evaluation.statistics import evaluate_scores
 from otcxr.evaluation.tasks import EvaluateConfig, random_twin
-from otcxr.nn.encoder import build_encoder
+from otcxr.nn.encoder import build_encoder, encoder_digest
 
 
 def planted(seed, images=400, patients=150, signal=1.5, dims=12):
@@ -149,7 +150,7 @@ def test_calibrating_norms_changes_statistics_only():
     collection = open_collection("phantom:24,seed=1,size=32")
     encoder = build_encoder("resnet18", width=4, seed=0)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    calibrate_norms(encoder, collection.records, 32, 8, lambda done: None)
+    calibrate_norms(encoder, collection.records, 32, 8, PixelCache(1.0), lambda done: None)
     after = encoder.state_dict()
     for name, value in before.items():
         if name.endswith("running_mean"):
@@ -165,7 +166,7 @@ def test_features_are_cached_by_encoder_and_images(tmp_path):
     assert encoder_digest(first) != encoder_digest(second)
 
     def features(encoder, size=32):
-        return pooled_features(encoder, records, size, 4, tmp_path, SilentProgress(), "features")
+        return pooled_features(encoder, records, size, 4, PixelCache(1.0), tmp_path, SilentProgress(), "features")
 
     one = features(first)
     assert one.shape == (12, 32)
@@ -212,6 +213,40 @@ def test_refusals_name_the_fix():
         evaluate("linear", encoder, phantoms, ("train", "tset"), EvaluateConfig(size=32))
     with pytest.raises(ConfigError, match="within may hold"):
         EvaluateConfig(within=("age",))
+
+
+def test_judging_on_patients_that_were_fitted_on_is_refused():
+    encoder = build_encoder("resnet18", width=4, seed=0)
+    phantoms = open_collection("phantom:60,seed=1,size=32")
+    with pytest.raises(DataError, match="patients are in the split to fit on"):
+        evaluate("linear", encoder, phantoms, ("train", "train"), EvaluateConfig(size=32))
+
+
+def test_a_broken_test_image_is_skipped_and_listed(tmp_path):
+    import cv2
+
+    generator = np.random.default_rng(0)
+    lines = ["image,patient,split,A"]
+    for number in range(60):
+        label = number % 2
+        pixels = generator.integers(0, 128, (40, 40)) + 100 * label
+        cv2.imwrite(str(tmp_path / f"{number}.png"), pixels.astype(np.uint8))
+        lines.append(f"{number}.png,P{number},{'train' if number < 30 else 'test'},{label}")
+    (tmp_path / "45.png").write_bytes(b"no picture")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    encoder = build_encoder("resnet18", width=4, seed=0)
+    collection = open_collection(f"folder:{tmp_path}")
+    result = evaluate("linear", encoder, collection, ("train", "test"), EvaluateConfig(size=32, resamples=20)).result
+    assert result["splits"]["test"]["images"] == 29
+    assert result["splits"]["test"]["skipped"] == ["45.png"]
+    with pytest.raises(DataError, match="cannot be used"):
+        evaluate("linear", encoder, collection, ("train", "test"), EvaluateConfig(size=32, max_skipped=0.0))
+
+
+def test_the_macro_mean_is_as_cautious_as_its_findings(judged):
+    result = judged[0].result
+    few = [name for name, row in result["findings"].items() if row["auroc"]["caution"]]
+    assert bool(result["macro"]["auroc"]["caution"]) == bool(few)
 
 
 def test_csv_of_a_run(tmp_path, judged):

@@ -32,7 +32,8 @@ def pair(shift=0):
         "geometry": np.stack((identity, identity)),
         "valid_s": np.ones((CELLS, CELLS), bool), "valid_t": np.ones((CELLS, CELLS), bool),
         "cost": 1 - np.eye(n, dtype=np.float32), "plan": plan, "a": np.full(n, 1 / n, np.float32),
-        "b": np.full(n, 1 / n, np.float32), "name": np.array("image.png"), "boxes": np.zeros((0, 4)),
+        "b": np.full(n, 1 / n, np.float32), "first_centre": np.array(0.5),
+        "name": np.array("image.png"), "boxes": np.zeros((0, 4)),
         "findings": np.array([], dtype=np.str_),
     }  # fmt: skip
 
@@ -70,10 +71,29 @@ def test_heat_map_is_the_class_activation_map_of_a_linear_probe():
     shown = heat_map(ProbedEncoder(encoder, weights, bias), images, 1)
     last = encoder(images)[-1].detach()
     cam = torch.einsum("c,bchw->bhw", torch.from_numpy(weights[1]).float(), last).clamp_min(0) / last[0, 0].numel()
-    fine = torch.nn.functional.interpolate(cam[:, None], (64, 64), mode="bilinear")[:, 0]
     assert shown.shape == (2, 64, 64)
-    assert torch.allclose(shown, fine, atol=1e-6)
+    # the network looks at pixels 0, 16, 32 and 48 (their centres); there the map is the class activation map itself
+    assert torch.allclose(shown[:, ::16, ::16], cam, atol=1e-6)
+    halfway = (cam[:, :, :-1] + cam[:, :, 1:]) / 2
+    assert torch.allclose(shown[:, ::16, 8:56:16], halfway, atol=1e-6)
     assert float(shown.max()) > 0
+
+
+@pytest.mark.parametrize(("size", "stride"), [(96, 16), (128, 32)])
+def test_the_first_centre_is_where_the_network_looks(size, stride):
+    """The centroid of what one position of the last map depends on, by gradient, far from the border."""
+    encoder = build_encoder("resnet18", width=8, stride=stride, padding="replicate", seed=0).eval()
+    cells = size // stride
+    cell = cells // 2
+    total = torch.zeros(size, size)
+    for seed in range(6):
+        images = torch.rand(4, 1, size, size, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+        encoder(images)[-1][:, :, cell, cell].sum().backward()
+        total += images.grad.abs().sum((0, 1))
+    places = (torch.arange(size) + 0.5) / size
+    seen = float((total.sum(0) * places).sum() / total.sum())
+    assert abs(seen - (cell + encoder.first_centre) / cells) < 0.15 / cells
+    assert abs(seen - (cell + 0.5) / cells) > 0.3 / cells
 
 
 def test_boxes_stay_on_what_they_mark_in_a_non_square_image():

@@ -132,7 +132,7 @@ def test_nih_missing_and_damaged_images_are_listed(tmp_path):
     (tmp_path / "images" / NAMES[2]).write_bytes(b"")
     collection = read_nih(str(tmp_path))
     assert [record.name for record in collection.records] == [NAMES[0], NAMES[3]]
-    reasons = dict(collection.skipped)
+    reasons = {item.image: item.reason for item in collection.skipped}
     assert set(reasons) == {NAMES[1], NAMES[2], "00000009_000.png"}
     assert "not a PNG" in reasons[NAMES[1]]
     assert "cut short" in reasons[NAMES[2]]
@@ -282,7 +282,10 @@ def test_folder_with_one_table(tmp_path):
     assert [dict(r.labels) for r in collection.records] == [
         {"Mass": 1}, {"Mass": 0, "Nodule": 1}, {"Nodule": 0}, {"Mass": 1, "Nodule": 1},
     ]  # fmt: skip
-    assert dict(collection.skipped) == {"gone.png": "missing", "e.png": "not listed in labels.csv"}
+    assert {item.image: item.reason for item in collection.skipped} == {
+        "gone.png": "missing",
+        "e.png": "not listed in labels.csv",
+    }
     assert [r.name for r in collection.split("train").records] == ["b.png", "a.png"]
     assert d.image == tmp_path / "sub" / "d.png"
 

@@ -18,7 +18,7 @@ from otcxr.config import to_plain
 from otcxr.data.dataset import DataConfig
 from otcxr.data.records import Record
 from otcxr.data.views import ViewsConfig
-from otcxr.errors import CheckpointError, ConfigError, DataError
+from otcxr.errors import CheckpointError, ConfigError, DataError, OtcxrError
 from otcxr.methods import METHODS
 from otcxr.nn.encoder import load_encoder
 from otcxr.runs import Run
@@ -194,8 +194,48 @@ def test_resume_with_another_architecture_is_refused(finished):
 
 
 def test_resume_with_other_data_is_refused(finished):
-    with pytest.raises(ConfigError, match="data.source"):
-        pretrain(tiny(finished, data=DataConfig(source="phantom:49,seed=7,size=32"), resume=True))
+    with pytest.raises(ConfigError, match="no longer holds the images"):
+        pretrain(tiny(finished, data=DataConfig(source="phantom:60,seed=7,size=32"), resume=True))
+
+
+def test_a_source_that_moved_can_be_continued(tmp_path):
+    import shutil
+
+    import cv2
+
+    generator = np.random.default_rng(0)
+    (tmp_path / "here").mkdir()
+    for number in range(16):
+        cv2.imwrite(str(tmp_path / "here" / f"{number}.png"), generator.integers(0, 256, (40, 40), dtype=np.uint8))
+    short = TrainConfig(epochs=1, batch_size=8, accelerator="cpu", probes=0)
+    pretrain(tiny(tmp_path / "run", data=DataConfig(f"folder:{tmp_path / 'here'}"), train=short))
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    there = tiny(tmp_path / "run", data=DataConfig(f"folder:{tmp_path / 'there'}"), train=short, resume=True)
+    pretrain(there)
+    (tmp_path / "there" / "3.png").unlink()
+    with pytest.raises(ConfigError, match="no longer holds the images"):
+        pretrain(there)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_divergence_stops_before_a_weight_takes_it_in(method, tmp_path):
+    wild = TrainConfig(epochs=3, batch_size=8, accelerator="cpu", learning_rate=1e12, clip=1e30, warmup=0.0, probes=0)
+    with pytest.raises(OtcxrError, match="diverged at step .* Lower train.learning_rate"):
+        pretrain(tiny(tmp_path / "run", method, train=wild))
+
+
+def test_a_second_process_is_refused(tmp_path):
+    run = Run(tmp_path / "run")
+    with run.lock(), pytest.raises(ConfigError, match="another process is writing"):
+        pretrain(tiny(run.path))
+
+
+def test_time_holds_everything_and_metrics_are_json(finished):
+    lines = Run.open(finished).read_metrics()
+    assert [line["elapsed_s"] for line in lines] == sorted(line["elapsed_s"] for line in lines)
+    for text in (finished / "metrics.jsonl").read_text().splitlines():
+        assert "NaN" not in text
+        json.loads(text)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -270,7 +310,16 @@ def test_impossible_settings_name_the_fix(change, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"epochs": 0}, {"batch_size": 1}, {"learning_rate": 0.0}, {"accelerator": "tpu"}, {"precision": "8"}]
+    "change",
+    [
+        {"epochs": 0},
+        {"batch_size": 1},
+        {"learning_rate": 0.0},
+        {"accelerator": "tpu"},
+        {"precision": "64-true"},
+        {"weight_decay": -1.0},
+        {"probes": -1},
+    ],
 )
 def test_impossible_training_is_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):

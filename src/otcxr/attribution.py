@@ -47,11 +47,24 @@ def heat_map(model: ProbedEncoder, images: Tensor, finding: int) -> Tensor:
         model: Encoder with probe.
         images: (B, 1, H, W) in [0, 1].
         finding: Index of the probe's finding.
-    Returns: (B, H, W) >= 0, interpolated bilinearly from the map, not normalised. All zero where nothing speaks for it.
+    Returns: (B, H, W) >= 0, interpolated bilinearly from where each cell of the map looks, not normalised. All zero
+        where nothing speaks for it.
     Source: Selvaraju et al., ICCV 2017, arXiv:1610.02391; Zhou et al., CVPR 2016 for the linear case.
     """
     from captum.attr import LayerGradCam
 
-    coarse = LayerGradCam(model, model.last_map).attribute(images, target=finding, relu_attributions=True)
-    fine = nn.functional.interpolate(coarse.detach(), images.shape[-2:], mode="bilinear", align_corners=False)
-    return fine[:, 0]
+    coarse = LayerGradCam(model, model.last_map).attribute(images, target=finding, relu_attributions=True).detach()
+    return _to_pixels(coarse, images.shape[-2], images.shape[-1], model.encoder.first_centre)[:, 0]
+
+
+def _to_pixels(coarse: Tensor, height: int, width: int, first: float) -> Tensor:
+    """Interpolate a map (B, 1, h, w) bilinearly at every pixel: cell i lies at (i + first) / h of the image."""
+
+    def places(pixels: int, cells: int) -> Tensor:
+        cell = (torch.arange(pixels, device=coarse.device) + 0.5) / pixels * cells - first
+        # in the units of grid_sample -1 and 1 are the outer edges of the first and the last cell
+        return (2 * cell + 1) / cells - 1
+
+    y, x = torch.meshgrid(places(height, coarse.shape[-2]), places(width, coarse.shape[-1]), indexing="ij")
+    grid = torch.stack((x, y), dim=-1).to(coarse.dtype).expand(len(coarse), -1, -1, -1)
+    return nn.functional.grid_sample(coarse, grid, mode="bilinear", padding_mode="border", align_corners=False)

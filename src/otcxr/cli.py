@@ -57,8 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = getattr(commands, COMMANDS[name][0])(words[len(name.split()) :])
         return status
     except OtcxrError as error:
-        print(f"otcxr: {error}", file=sys.stderr)  # noqa: T201
+        # a loader worker sends its whole traceback along; the last line of it is the message
+        text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
+        print(f"otcxr: {text}", file=sys.stderr)  # noqa: T201
         return 130 if type(error).__name__ == "Interrupted" else 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"otcxr: {error.filename}: {error.strerror}; check the path, its rights and the space", file=sys.stderr)  # noqa: T201
+        return 1
     except KeyboardInterrupt:
         print("otcxr: stopped", file=sys.stderr)  # noqa: T201
         return 130

@@ -84,10 +84,11 @@ def explain(words: Sequence[str]) -> int:
 
     parser = make_parser("explain", "Draw a run's transport plans, and heat maps of its linear probe, to RUN/explain/.")
     parser.add_argument("run", type=str, help="folder of the run")
+    parser.add_argument("--data.source", type=str, default="", help="where the judged images are now, if they moved")
     plain = _parsed(parser, words)
     progress = RichProgress()
     run = Run.open(plain["run"])
-    entries = explain_run(run, progress)
+    entries = explain_run(run, plain["data"]["source"], progress)
     if not any(entry["kind"] == "heat" for entry in entries):
         progress.say(f"no heat maps: run 'otcxr evaluate {run.path}' first")
     progress.say(f"{len(entries)} pictures in {run.path / 'explain'}")
@@ -121,9 +122,9 @@ def data_inspect(words: Sequence[str]) -> int:
     _to_log()
     progress = RichProgress()
     collection = open_collection(plain["source"])
-    records = collection.records
-    with progress.bar("reading images", len(records), "images") as bar:
+    with progress.bar("reading images", len(collection.records), "images") as bar:
         usable, skipped = check_records(collection, PixelCache(0.0), 1.0, bar)
+    records = [collection.records[index] for index in usable]
 
     def count(title: str, values: list[Any]) -> None:
         counted = collections.Counter("unknown" if v is None or v == "" else str(v) for v in values)

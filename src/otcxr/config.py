@@ -100,6 +100,11 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 def _check_known(name: str, known: set[str], where: str = "") -> None:
     if name in known or name in ("help", "h", "print_config", "version"):
         return
+    inside = sorted(key for key in known if key.startswith(f"{name}."))
+    if inside:
+        raise ConfigError(
+            f"{name}{where} is a group of settings; write {inside[0]} and the like, in YAML indented below it"
+        )
     group, dot, field = name.rpartition(".")
     peers = {k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == group} if dot else known
     raise ConfigError(f"unknown setting {name}{where}{did_you_mean(field or name, peers or known)}")
@@ -107,14 +112,17 @@ def _check_known(name: str, known: set[str], where: str = "") -> None:
 
 def _one_line(message: str) -> str:
     text = " ".join(message.split()).rstrip(":")
-    return text.replace('Parser key "', 'setting "').replace("<class '", "").replace("'>", "")
+    text = text.replace('Parser key "', 'setting "').replace("<class '", "").replace("'>", "")
+    return text + "; write it as a list, such as [a, b]" if "Expected a tuple" in text else text
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"settings file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"settings file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"settings file {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -47,7 +47,7 @@ def run_demo(out: str | Path, progress: Progress) -> dict[str, Any]:
     progress.say("2/4 probing the encoder, and a random one, with labels")
     evaluation = evaluate_run(run, "linear", progress=progress)
     progress.say("3/4 drawing transport plans and heat maps")
-    explain_run(run, progress)
+    explain_run(run, progress=progress)
     progress.say("4/4 writing the report")
     page = write_report([run], run.path / "report.html")
     return {**evaluation.result, "report": str(page)}

@@ -22,7 +22,7 @@ from otcxr.data.images import fit_square
 from otcxr.data.records import Box, Record
 from otcxr.data.sources import open_collection
 from otcxr.errors import DataError
-from otcxr.nn.encoder import Encoder, load_encoder
+from otcxr.nn.encoder import Encoder, encoder_digest, load_encoder
 from otcxr.runs import Run, write_atomic
 
 if TYPE_CHECKING:
@@ -35,18 +35,30 @@ _RIGHT, _WRONG, _BOX = "#56B4E9", "#E69F00", "#F0E442"  # Okabe and Ito's colour
 _LINES = 24  # correspondences drawn: more hide the radiographs
 
 
-def explain_run(run: Run, progress: Progress | None = None) -> list[dict[str, str]]:
+def explain_run(run: Run, source: str = "", progress: Progress | None = None) -> list[dict[str, str]]:
     """Draw everything that the run's files allow and list it in ``explain/index.json``.
 
     Pairs where the method stores them; heat maps where a linear probe was evaluated, on the images it was judged on.
+
+    Args:
+        run: The run.
+        source: Where those images are now; empty: where they were.
+        progress: Where to show progress.
+    Raises: DataError: the probe was fitted on an earlier state of the encoder, or its images are not these.
     """
     entries = explain_pairs(run, progress)
     result = run.read_json("evaluation/linear.json")
     if result is not None:
-        test = open_collection(result["collection"]).split(result["splits"]["test"]["name"])
-        entries += explain_probe(
-            run, load_encoder(run.path), test.records, result["settings"]["size"], progress=progress
-        )
+        encoder = load_encoder(run.path)
+        if result["encoder_digest"] != encoder_digest(encoder):
+            raise DataError(
+                f"the probe in {run.path / 'evaluation'} belongs to an earlier state of the encoder; "
+                f"run 'otcxr evaluate {run.path}' again"
+            )
+        test = open_collection(source or result["collection"]).split(result["splits"]["test"]["name"])
+        broken = set(result["splits"]["test"]["skipped"])
+        records = [record for record in test.records if record.name not in broken]
+        entries += explain_probe(run, encoder, records, result["settings"]["size"], progress=progress)
     run.write_json("explain/index.json", entries)
     return entries
 
@@ -84,13 +96,14 @@ def draw_pair(arrays: Mapping[str, NDArray[Any]]) -> tuple[Figure, str]:
     true = correspondence(
         torch.from_numpy(arrays["geometry"][:1]), torch.from_numpy(arrays["geometry"][1:]),
         torch.from_numpy(arrays["valid_s"]).view(1, -1), torch.from_numpy(arrays["valid_t"]).view(1, -1),
-        (grid_s[0], grid_s[1]), (grid_t[0], grid_t[1]),
+        (grid_s[0], grid_s[1]), (grid_t[0], grid_t[1]), float(arrays["first_centre"]),
     )  # fmt: skip
     cell, known = true.cell[0].numpy(), true.known[0].numpy()
     goal = arrays["plan"].argmax(1)
     width = grid_t[1]
     near = (np.abs(goal % width - cell % width) <= 1) & (np.abs(goal // width - cell // width) <= 1)
 
+    first = float(arrays["first_centre"])
     figure = Figure(figsize=(11, 7.4), layout="constrained")
     grid = figure.add_gridspec(2, 12)
     wide = figure.add_subplot(grid[0, :8])
@@ -101,9 +114,10 @@ def draw_pair(arrays: Mapping[str, NDArray[Any]]) -> tuple[Figure, str]:
         axes = figure.add_subplot(grid[1, 4 * column : 4 * column + 4])
         _show(axes, view, f"mass of the {name} view, times n")
         shown = axes.imshow(
-            mass.reshape(shape) * (mass > 0).sum(), cmap="viridis", alpha=0.5, extent=(0, 1, 1, 0), vmin=0,
+            mass.reshape(shape) * (mass > 0).sum(), cmap="viridis", alpha=0.5, extent=_cells(shape, first), vmin=0,
             vmax=max(2.0, float(mass.max() * (mass > 0).sum())),
         )  # fmt: skip
+        axes.set(xlim=(0, 1), ylim=(1, 0))
         figure.colorbar(shown, ax=axes, shrink=0.8)
     for row, (matrix, name, colours) in enumerate(
         ((arrays["cost"], "cost 1 - cos", "viridis"), (arrays["plan"], "plan, times n", "inferno"))
@@ -119,6 +133,12 @@ def draw_pair(arrays: Mapping[str, NDArray[Any]]) -> tuple[Figure, str]:
         f"both views show; the {min(_LINES, int(known.sum()))} heaviest of them are drawn."
     )
     return figure, text
+
+
+def _cells(shape: tuple[int, ...], first: float) -> tuple[float, float, float, float]:
+    """Left, right, bottom, top of a grid of cells whose first centre lies at ``first`` cells."""
+    y, x = (first - 0.5) / shape[0], (first - 0.5) / shape[1]
+    return (x, x + 1, y + 1, y)
 
 
 def _draw_correspondences(
@@ -139,9 +159,10 @@ def _draw_correspondences(
     axes.axis("off")
     (rows_s, columns_s), (rows_t, columns_t) = arrays["valid_s"].shape, arrays["valid_t"].shape
     heaviest = [i for i in np.argsort(-arrays["a"]) if known[i]][:_LINES]
+    first = float(arrays["first_centre"])
     for i in heaviest:
-        start = ((i % columns_s + 0.5) / columns_s, (i // columns_s + 0.5) / rows_s)
-        end = (1 + gap + (goal[i] % columns_t + 0.5) / columns_t, (goal[i] // columns_t + 0.5) / rows_t)
+        start = ((i % columns_s + first) / columns_s, (i // columns_s + first) / rows_s)
+        end = (1 + gap + (goal[i] % columns_t + first) / columns_t, (goal[i] // columns_t + first) / rows_t)
         colour, style = (_RIGHT, "-") if near[i] else (_WRONG, "--")
         axes.plot(*zip(start, end, strict=True), style, color=colour, linewidth=1.0, alpha=0.9)
         axes.plot(*start, "o", color=colour, markersize=3)

@@ -96,8 +96,14 @@ def _same_cell(match: Match, true: Correspondence, near: Callable[[Tensor], Tens
     }
 
 
-def observe(observed: Observed, batch: ViewBatch) -> dict[str, float]:
-    """Measure what the panel shows; every value is finite."""
+def observe(observed: Observed, batch: ViewBatch, first_centre: float = 0.5) -> dict[str, float]:
+    """Measure what the panel shows; every value is finite.
+
+    Args:
+        observed: What the method showed.
+        batch: The views it saw.
+        first_centre: ``Encoder.first_centre``.
+    """
     pooled = observed.pooled.float()
     half = pooled[: len(pooled) // 2]  # one view of each image: two views would count each image twice
     unit = torch.nn.functional.normalize(pooled, dim=-1)
@@ -117,15 +123,15 @@ def observe(observed: Observed, batch: ViewBatch) -> dict[str, float]:
         "spatial_diversity": spatial_diversity(observed.tokens),
     }
     if observed.match is not None:
-        out |= _observe_match(observed.match, batch)
+        out |= _observe_match(observed.match, batch, first_centre)
     return out
 
 
-def _observe_match(match: Match, batch: ViewBatch) -> dict[str, float]:
+def _observe_match(match: Match, batch: ViewBatch, first_centre: float) -> dict[str, float]:
     n, m = match.plan.shape[-2:]
     grid_s, grid_t = _grid(n, batch.views[0]), _grid(m, batch.views[1])
     valid_s, valid_t = token_valid(batch.valid[0], *grid_s), token_valid(batch.valid[1], *grid_t)
-    true = correspondence(batch.geometry[0], batch.geometry[1], valid_s, valid_t, grid_s, grid_t)
+    true = correspondence(batch.geometry[0], batch.geometry[1], valid_s, valid_t, grid_s, grid_t, first_centre)
     h_mu, h_nu, h_plan = entropy(match.a), entropy(match.b), entropy(match.plan, dims=2)
     return {
         "entropy_mu": float(h_mu.mean()),

@@ -46,9 +46,9 @@ def write_pairs(
 ) -> None:
     """Write ``pairs/NNN.npz`` for every probe: views, geometry, validity, boxes, and the method's ``Match``.
 
-    Arrays: view_s, view_t (H, W) float16; geometry (2, 2, 3); valid_s (h, w), valid_t (h', w') of tokens; cost, plan
-    (n, m); a (n,), b (m,); attention (heads, n, m) if any; boxes (k, 4) x, y, width, height in [0, 1] of the image;
-    findings (k,); name. A method that pairs nothing writes nothing.
+    Arrays: view_s, view_t (H, W) float16; geometry (2, 2, 3); first_centre of the encoder; valid_s (h, w), valid_t
+    (h', w') of tokens; cost, plan (n, m); a (n,), b (m,); attention (heads, n, m) if any; boxes (k, 4) x, y, width,
+    height in [0, 1] of the image; findings (k,); name. A method that pairs nothing writes nothing.
     """
     training = method.training
     method.eval()
@@ -72,6 +72,7 @@ def write_pairs(
             "geometry": batch.geometry[:2, 0].numpy(),
             "valid_s": token_valid(batch.valid[0], *grids[0]).view(grids[0]).numpy(),
             "valid_t": token_valid(batch.valid[1], *grids[1]).view(grids[1]).numpy(),
+            "first_centre": np.array(method.encoder.first_centre),
             "cost": match.cost[0].float().cpu().numpy(),
             "plan": match.plan[0].float().cpu().numpy(),
             "a": match.a[0].float().cpu().numpy(),

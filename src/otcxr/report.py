@@ -75,6 +75,7 @@ def _facts(run: Run) -> dict[str, Any]:
     config = run.read_config()
     judged = next((line["verdict"] for line in reversed(lines) if "verdict" in line), None)
     encoder = run.read_json("encoder.json")
+    evaluation = run.read_json("evaluation/linear.json")
     pictures = []
     for entry in run.read_json("explain/index.json") or []:
         path = run.path / entry["file"]
@@ -93,8 +94,11 @@ def _facts(run: Run) -> dict[str, Any]:
         "loss": _curves(lines, "loss and its terms"),
         "panels": _panels(lines),
         "skipped": _skipped(run),
-        "evaluation": run.read_json("evaluation/linear.json"),
+        "evaluation": evaluation,
         "pictures": pictures,
+        "stale": evaluation is not None
+        and encoder is not None
+        and evaluation.get("encoder_digest") != encoder.get("digest"),
     }
 
 

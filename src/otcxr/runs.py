@@ -14,7 +14,8 @@ import io
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from otcxr.errors import CheckpointError, DataError
+from otcxr.errors import CheckpointError, ConfigError, DataError
 from otcxr.version import __version__
 
 if TYPE_CHECKING:
@@ -39,12 +40,16 @@ _PACKAGES = ("torch", "numpy", "opencv-python-headless", "scikit-learn", "lightn
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a file so that it is either the old one or the whole new one, also when the machine stops."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def describe_environment() -> dict[str, Any]:
@@ -84,6 +89,22 @@ class Run:
         if not (run.path / "config.yaml").is_file():
             raise DataError(f"{path} holds no run (no config.yaml); expected the --out folder of 'otcxr pretrain'")
         return run
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for writing; a second process that wants it is refused, a dead one holds nothing.
+
+        Raises: ConfigError: another process holds it.
+        """
+        import fcntl
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(f"another process is writing to {self.path}; wait for it or stop it") from error
+            yield
 
     @property
     def name(self) -> str:

@@ -41,8 +41,9 @@ __all__ = [
     "pretrain",
 ]
 
-# Settings that may change between a run and its continuation: they do not decide any number.
-_FREE = {"out", "resume", "data.workers", "data.cache_gb", "train.accelerator", "train.log_every"}
+# Settings that may change between a run and its continuation. The images themselves are compared by a digest, so a
+# folder may have moved; another accelerator computes the same up to rounding.
+_FREE = {"out", "resume", "data.source", "data.workers", "data.cache_gb", "train.accelerator", "train.log_every"}
 
 _FEW_TOKENS = 36  # per view, below which dense methods are warned about
 
@@ -80,7 +81,7 @@ class TrainConfig:
         weight_decay: Of weights; biases and norms are not decayed.
         warmup: Share of all steps in which the rate rises.
         clip: Largest norm of the gradient.
-        precision: Of Fabric: 32-true, bf16-mixed, 16-mixed or 64-true.
+        precision: Of Fabric: 32-true or bf16-mixed.
         accelerator: auto, cpu or cuda.
         log_every: Steps between two lines of metrics.jsonl.
         health_every: Steps between two looks at the health of the run.
@@ -110,9 +111,11 @@ class TrainConfig:
                               f"{self.learning_rate}, {self.clip}, {self.warmup}")  # fmt: skip
         if self.accelerator not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"train.accelerator must be auto, cpu or cuda, received '{self.accelerator}'")
-        if self.precision not in ("32-true", "bf16-mixed", "16-mixed", "64-true"):
-            raise ConfigError(f"train.precision must be 32-true, bf16-mixed, 16-mixed or 64-true, received "
-                              f"'{self.precision}'")  # fmt: skip
+        if self.precision not in ("32-true", "bf16-mixed"):
+            raise ConfigError(f"train.precision must be 32-true or bf16-mixed, received '{self.precision}'")
+        if self.weight_decay < 0 or self.probes < 0:
+            raise ConfigError(f"train.weight_decay and train.probes must be >= 0, received {self.weight_decay} and "
+                              f"{self.probes}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(f"unknown method '{self.method}'{did_you_mean(self.method, METHODS)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be >= 0, received {self.seed}")
         known = METHODS[self.method].settings
         if self.settings is None:
             object.__setattr__(self, "settings", known)
@@ -222,6 +227,12 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Run:
     """
     progress = progress or SilentProgress()
     fabric = _fabric(config.train)
+    with Run(config.out).lock():
+        return _pretrain(config, fabric, progress)
+
+
+def _pretrain(config: PretrainConfig, fabric: Fabric, progress: Progress) -> Run:
+    """``pretrain`` in a folder that no other process writes to."""
     run, checkpoint = _open_run(config)
     collection = open_collection(config.data.source)
     has_split = any(record.split for record in collection.records)
@@ -243,10 +254,16 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Run:
                      "align; use larger views.size or encoder.stride 16")  # fmt: skip
     if checkpoint is not None:
         load_state(method, checkpoint["method"], str(run.path / "last.ckpt"))
-    write_skipped(_made(run).path / "skipped.csv", skipped)
+    images = digest([(training.records[index].name, training.records[index].study) for index in usable])
+    if checkpoint is not None and checkpoint["data_digest"] != images:
+        raise ConfigError(
+            f"{config.data.source} no longer holds the images that {run.path} was trained on, so it cannot go on as if "
+            "nothing had happened; bring them back, or start anew with another --out"
+        )
+    write_skipped(run.path / "skipped.csv", skipped)
     plain = config_to_plain(config)
     run.write_config(plain)
-    facts = {"config_digest": _identity(plain), "data_digest": digest([r.name for r in training.records]),
+    facts = {"config_digest": _identity(plain), "data_digest": images,
              "images": len(usable), "input_size": config.views.size, "source": config.data.source}  # fmt: skip
     run.write_json("environment.json", {**describe_environment(), **facts, "device": str(fabric.device)})
     probes = choose_probes(collection, training, config.train.probes, config.seed)
@@ -292,47 +309,58 @@ def fit(
 
     def save() -> None:
         state = {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                 "elapsed_s": elapsed, "config_digest": facts["config_digest"]}  # fmt: skip
+                 "elapsed_s": elapsed, "data_digest": facts["data_digest"]}  # fmt: skip
         run.write_weights(method, method.encoder, {**facts, "step": step, "epochs": step / steps})
         write_pairs(run, method, probes, config.views, config.seed, fabric.device)
         run.write_checkpoint(state)
 
     method.train()
+    diverged = (
+        "the training diverged at step {step}: {what}. "
+        + (f"{run.path / 'last.ckpt'} holds the last good state. " if (run.path / "last.ckpt").exists() else "")
+        + "Lower train.learning_rate, raise train.warmup, or use train.precision 32-true"
+    )
+    tick = time.perf_counter()
     with _stop_request() as stop, progress.bar("pre-training", total * train.batch_size, "images") as bar:
         while step < total:
             sampler.epoch, sampler.first = divmod(step, steps)
             for batch in loader:
-                started = time.perf_counter()
                 batch = fabric.to_device(batch)
                 rate = train.learning_rate * cosine_schedule(step, warmup, total)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 last = step + 1 == total
                 look = step % train.health_every == 0 or last
-                output = module(batch, observe=look)
+                try:
+                    output = module(batch, observe=look)
+                except ValueError as error:  # the transport refuses costs and masses that are not finite
+                    if "nan" not in str(error).lower() and "finite" not in str(error):
+                        raise
+                    raise OtcxrError(diverged.format(step=step + 1, what="features are not finite")) from error
                 loss = float(output.loss.detach())
                 if not math.isfinite(loss):
-                    raise OtcxrError(
-                        f"the loss is {loss} at step {step + 1}; {run.path / 'last.ckpt'} holds the last good state. "
-                        "Lower train.learning_rate or train.clip, or use train.precision 32-true"
-                    )
+                    raise OtcxrError(diverged.format(step=step + 1, what=f"the loss is {loss}"))
                 optimizer.zero_grad()
                 fabric.backward(output.loss)
-                norm = fabric.clip_gradients(module, optimizer, max_norm=train.clip, error_if_nonfinite=False)
+                clipped = fabric.clip_gradients(module, optimizer, max_norm=train.clip, error_if_nonfinite=False)
+                norm = 0.0 if clipped is None else float(clipped)
+                if not math.isfinite(norm):  # before the step: no weight may take it in
+                    raise OtcxrError(diverged.format(step=step + 1, what=f"the gradient's norm is {norm}"))
                 optimizer.step()
                 step += 1
                 method.after_step(step / total)
-                spent = time.perf_counter() - started
+                # wall time since the last step ended, so views, health and checkpoints are in it
+                spent, tick = time.perf_counter() - tick, time.perf_counter()
                 elapsed += spent
                 if look or step % train.log_every == 0:
                     line: dict[str, Any] = {
                         "step": step, "epoch": round(step / steps, 4), "loss": loss,
                         **{name: float(term) for name, term in output.terms.items()},
-                        "gradient_norm": float(norm) if norm is not None else None, "learning_rate": rate,
+                        "gradient_norm": norm, "learning_rate": rate,
                         "images_per_s": round(train.batch_size / spent, 1), "elapsed_s": round(elapsed, 2),
                     }  # fmt: skip
                     if output.observed is not None:
-                        line["health"] = observe(output.observed, batch)
+                        line["health"] = observe(output.observed, batch, method.encoder.first_centre)
                         line["verdict"] = verdict(line["health"])._asdict()
                     run.append_metrics(line)
                 bar(step * train.batch_size, f"loss {loss:.3f}")
@@ -354,11 +382,6 @@ def _fabric(train: TrainConfig) -> Fabric:
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     precision: Any = train.precision
     return Fabric(accelerator=accelerator, devices=1, precision=precision)
-
-
-def _made(run: Run) -> Run:
-    run.path.mkdir(parents=True, exist_ok=True)
-    return run
 
 
 def _identity(plain: Mapping[str, Any]) -> str:
@@ -384,7 +407,7 @@ def _open_run(config: PretrainConfig) -> tuple[Run, dict[str, Any] | None]:
             kind = CheckpointError if name.startswith(("encoder.", "method.")) else ConfigError
             raise kind(
                 f"{run.path} was trained with {name} = {old.get(name)}, now it is {new.get(name)}; "
-                f"resume with the saved settings (--config {run.path / 'config.yaml'}) or choose another --out"
+                f"go on with the saved ones (--config {run.path / 'config.yaml'} --resume true) or choose another --out"
             )
     return run, run.read_checkpoint()
 

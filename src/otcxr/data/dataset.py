@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 
 from otcxr.data.images import fit_square, load_radiograph
 from otcxr.data.records import Collection, ImageRef, Radiograph, Record, Skipped
-from otcxr.data.views import ViewBatch, ViewsConfig, make_views, view_generator
+from otcxr.data.views import MIN_VALID, ViewBatch, ViewsConfig, make_views, view_generator
 from otcxr.errors import ConfigError, DataError
 
 __all__ = [
@@ -70,15 +70,15 @@ def read_pixels(image: ImageRef) -> Radiograph:
 
 
 class PixelCache:
-    """Decoded images by index, 16-bit, up to a limit of memory. 8- and 16-bit sources survive without loss."""
+    """Decoded images, 16-bit, up to a limit of memory. 8- and 16-bit sources survive without loss."""
 
     def __init__(self, limit_gb: float) -> None:
         self._free = int(limit_gb * 1e9)
-        self._kept: dict[int, tuple[NDArray[np.uint16], NDArray[np.bool_] | None, tuple[float, float] | None]] = {}
+        self._kept: dict[ImageRef, tuple[NDArray[np.uint16], NDArray[np.bool_] | None, tuple[float, float] | None]] = {}
 
-    def get(self, index: int, image: ImageRef) -> Radiograph:
-        """Return the pixels of image ``index``, from memory where they are."""
-        kept = self._kept.get(index)
+    def get(self, image: ImageRef) -> Radiograph:
+        """Return the pixels of an image, from memory where they are."""
+        kept = self._kept.get(image)
         if kept is None:
             radiograph = read_pixels(image)
             pixels = np.round(radiograph.image.numpy() * 65535).astype(np.uint16)
@@ -87,7 +87,7 @@ class PixelCache:
             size = pixels.nbytes + (0 if valid is None else valid.nbytes)
             if size <= self._free:
                 self._free -= size
-                self._kept[index] = kept
+                self._kept[image] = kept
         pixels, valid, spacing = kept
         mask = np.ones(pixels.shape, dtype=np.bool_) if valid is None else valid
         # through the cache even when it is full: the numbers must not depend on the memory limit
@@ -111,9 +111,13 @@ def check_records(
 
     def read(index: int) -> Skipped | None:
         try:
-            cache.get(index, collection.records[index].image)
+            valid = cache.get(collection.records[index].image).valid
         except DataError as error:
             return Skipped(collection.records[index].name, str(error))
+        share = float(valid.float().mean())
+        if share < MIN_VALID:
+            why = f"only {share:.1%} of its area is a picture, the rest is padding; at least {MIN_VALID:.0%} is needed"
+            return Skipped(collection.records[index].name, why)
         return None
 
     usable, skipped = [], list(collection.skipped)
@@ -141,12 +145,12 @@ def check_records(
 
 def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
     """Write the list of skipped images as CSV (image, reason); an empty list still writes its header."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     # a file name may hold bytes that are no text: they are listed in escaped form
     with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(("image", "reason"))
-        writer.writerows(skipped)
+        writer.writerows((item.image, item.reason) for item in skipped)
     temporary.replace(path)
 
 
@@ -158,7 +162,7 @@ class ViewDataset(Dataset[ViewBatch]):
 
     def __getitem__(self, item: tuple[int, int]) -> ViewBatch:
         epoch, index = item
-        radiograph = self._cache.get(index, self._records[index].image)
+        radiograph = self._cache.get(self._records[index].image)
         return make_views(radiograph, self._views, view_generator(self._seed, epoch, index))
 
 
@@ -192,11 +196,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 class ImageDataset(Dataset[Tensor]):
     """Whole images (1, size, size) for evaluation: antialiased, padded to a square, nothing random."""
 
-    def __init__(self, records: Sequence[Record], size: int) -> None:
-        self._records, self._size = records, size
+    def __init__(self, records: Sequence[Record], size: int, cache: PixelCache) -> None:
+        self._records, self._size, self._cache = records, size, cache
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Tensor:
-        return fit_square(read_pixels(self._records[index].image).image, self._size)
+        return fit_square(self._cache.get(self._records[index].image).image, self._size)

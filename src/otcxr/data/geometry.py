@@ -43,10 +43,17 @@ class Correspondence(NamedTuple):
     known: Tensor
 
 
-def token_centres(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Centres of a grid of cells in [0, 1], row by row: (height * width, 2) as (x, y)."""
-    y = (torch.arange(height, device=device) + 0.5) / height
-    x = (torch.arange(width, device=device) + 0.5) / width
+def token_centres(height: int, width: int, device: torch.device | None = None, first: float = 0.5) -> Tensor:
+    """Centres of a grid of tokens in [0, 1], row by row: (height * width, 2) as (x, y).
+
+    Args:
+        height, width: Of the grid.
+        device: Where to put them.
+        first: Where the first token's centre lies, in cells: 0.5 is the middle of its cell. ``Encoder.first_centre``
+            says where a network really looks.
+    """
+    y = (torch.arange(height, device=device) + first) / height
+    x = (torch.arange(width, device=device) + first) / width
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
     return torch.stack((grid_x, grid_y), dim=-1).reshape(-1, 2)
 
@@ -75,6 +82,7 @@ def correspondence(
     valid_t: Tensor,
     grid_s: tuple[int, int],
     grid_t: tuple[int, int],
+    first: float = 0.5,
 ) -> Correspondence:
     """True position of every token of view s in view t, from the known geometry of both.
 
@@ -84,13 +92,16 @@ def correspondence(
         geometry_s, geometry_t: (B, 2, 3) maps from view to source.
         valid_s, valid_t: (B, n) and (B, m) bool, valid tokens.
         grid_s, grid_t: (height, width) of the token grids.
+        first: Centre of the first token in cells, see ``token_centres``; a position belongs to the nearest centre.
     """
-    centres = token_centres(*grid_s, device=geometry_s.device).to(geometry_s.dtype)
+    centres = token_centres(*grid_s, geometry_s.device, first).to(geometry_s.dtype)
     source = apply_affine(geometry_s, centres.expand(geometry_s.shape[0], -1, -1))
     position = apply_affine(invert_affine(geometry_t), source)
     height, width = grid_t
-    column, row = (position[..., 0] * width).floor().long(), (position[..., 1] * height).floor().long()
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    inside = ((position >= 0) & (position < 1)).all(-1)
+    nearest = position * position.new_tensor((width, height)) + (0.5 - first)
+    column = nearest[..., 0].floor().long().clamp(0, width - 1)
+    row = nearest[..., 1].floor().long().clamp(0, height - 1)
     cell = torch.where(inside, row * width + column, -1)
     known = inside & valid_s & valid_t.gather(1, cell.clamp_min(0))
     return Correspondence(position, cell, known)

@@ -64,12 +64,12 @@ def read_nih(text: str) -> Collection:
             raise DataError(f"{table} names {name} twice; remove one of the lines")
         seen.add(name)
         if name not in images:
-            skipped.append(Skipped(name, "missing"))
+            skipped.append(Skipped(name, "missing", splits.get(name, "")))
             continue
         try:
             height, width = png_size(images[name])
         except DataError as error:
-            skipped.append(Skipped(name, str(error)))
+            skipped.append(Skipped(name, str(error), splits.get(name, "")))
             continue
         records.append(_record(row, images[name], height, width, boxes.get(name, ()), splits.get(name, "")))
     return Collection(f"nih:{text}", FINDINGS, records, tuple(skipped))

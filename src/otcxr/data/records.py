@@ -90,10 +90,11 @@ class Record(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """An image that the source names but that cannot be used, and why."""
+    """An image that the source names but that cannot be used, why, and its split where that is known."""
 
     image: str
     reason: str
+    split: str = ""
 
 
 class Collection(NamedTuple):
@@ -129,7 +130,8 @@ class Collection(NamedTuple):
                 f"{len(shared)} patients of {self.name} are in split '{name}' and in another one (first: {shared[0]}); "
                 "a split must not cut through a patient: mend the split lists"
             )
-        return self._replace(records=inside)
+        skipped = tuple(item for item in self.skipped if item.split in ("", name))
+        return self._replace(records=inside, skipped=skipped)
 
 
 def full_valid(image: Tensor) -> Tensor:

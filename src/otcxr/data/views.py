@@ -20,9 +20,9 @@ from otcxr.data.geometry import ViewBatch
 from otcxr.data.records import Radiograph
 from otcxr.errors import ConfigError
 
-__all__ = ["ViewBatch", "ViewsConfig", "collate_views", "make_views", "view_generator"]
+__all__ = ["MIN_VALID", "ViewBatch", "ViewsConfig", "collate_views", "make_views", "view_generator"]
 
-_MIN_VALID = 0.25  # share of a view that must be valid; else the crop is drawn again
+MIN_VALID = 0.25  # share of a view that must be valid; else the crop is drawn again
 _TRIES = 10
 
 
@@ -130,7 +130,7 @@ def _draw(
     for _ in range(_TRIES):
         affine = _draw_affine(image.shape, config, generator)
         clean, inside = resample(image, valid, affine, config.size)
-        if inside.mean() >= _MIN_VALID:
+        if inside.mean() >= MIN_VALID:
             return clean, inside, affine
     affine = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     return *resample(image, valid, affine, config.size), affine

@@ -13,27 +13,18 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from otcxr.console import Bar, Progress
-from otcxr.data.dataset import ImageDataset
-from otcxr.data.records import Record
-from otcxr.nn.encoder import Encoder, pool
+from otcxr.data.dataset import ImageDataset, PixelCache
+from otcxr.data.records import ImageRef, Record
+from otcxr.nn.encoder import Encoder, encoder_digest, pool
 from otcxr.runs import write_atomic
 
-__all__ = ["calibrate_norms", "encoder_digest", "pooled_features"]
-
-
-def encoder_digest(encoder: Encoder) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of all weights and statistics."""
-    total = hashlib.sha256()
-    for name, value in sorted(encoder.state_dict().items()):
-        total.update(name.encode())
-        total.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()[:16]
+__all__ = ["calibrate_norms", "pooled_features"]
 
 
 @torch.no_grad()
 def pooled_features(
-    encoder: Encoder, records: Sequence[Record], size: int, batch_size: int, cache: Path | None, progress: Progress,
-    title: str,
+    encoder: Encoder, records: Sequence[Record], size: int, batch_size: int, pixels: PixelCache, cache: Path | None,
+    progress: Progress, title: str,
 ) -> NDArray[np.float32]:  # fmt: skip
     """Pooled features (N, C) of whole images, from ``cache`` if the same encoder has seen the same images before.
 
@@ -42,20 +33,21 @@ def pooled_features(
         records: Images, in the order of the rows.
         size: Side to which images are reduced.
         batch_size: Images at a time.
+        pixels: Decoded images, shared by all that read them.
         cache: Folder of ``*.npy`` files named by what they depend on; None keeps nothing.
         progress, title: Where to show progress, and under what name.
     """
     encoder.eval()
     path = None
     if cache is not None:
-        key = hashlib.sha256(repr((encoder_digest(encoder), size, [str(r.image) for r in records])).encode())
+        key = hashlib.sha256(repr((encoder_digest(encoder), size, [_stamp(r.image) for r in records])).encode())
         path = cache / f"{key.hexdigest()[:16]}.npy"
         if path.is_file():
             return np.load(path)  # type: ignore[no-any-return]
     device = next(encoder.parameters()).device
     rows = []
     with progress.bar(title, len(records), "images") as bar:
-        for batch in _batches(records, size, batch_size):
+        for batch in _batches(records, size, batch_size, pixels):
             rows.append(pool(encoder(batch.to(device))).float().cpu().numpy())
             bar(sum(map(len, rows)))
     features = np.concatenate(rows)
@@ -67,7 +59,9 @@ def pooled_features(
 
 
 @torch.no_grad()
-def calibrate_norms(encoder: Encoder, records: Sequence[Record], size: int, batch_size: int, bar: Bar) -> None:
+def calibrate_norms(
+    encoder: Encoder, records: Sequence[Record], size: int, batch_size: int, pixels: PixelCache, bar: Bar
+) -> None:
     """Set the running statistics of BatchNorm to those of the images, without touching a weight.
 
     A random network whose statistics are still 0 and 1 would be a weaker opponent than it need be.
@@ -79,12 +73,20 @@ def calibrate_norms(encoder: Encoder, records: Sequence[Record], size: int, batc
     encoder.train()
     device = next(encoder.parameters()).device
     done = 0
-    for batch in _batches(records, size, batch_size):
+    for batch in _batches(records, size, batch_size, pixels):
         encoder(batch.to(device))
         done += len(batch)
         bar(done)
     encoder.eval()
 
 
-def _batches(records: Sequence[Record], size: int, batch_size: int) -> DataLoader[torch.Tensor]:
-    return DataLoader(ImageDataset(records, size), batch_size=batch_size)
+def _batches(records: Sequence[Record], size: int, batch_size: int, pixels: PixelCache) -> DataLoader[torch.Tensor]:
+    return DataLoader(ImageDataset(records, size, pixels), batch_size=batch_size)
+
+
+def _stamp(image: ImageRef) -> tuple[object, ...]:
+    """What tells one image from another, also when a file is replaced under its name."""
+    if not isinstance(image, Path):
+        return (repr(image),)
+    facts = image.stat()
+    return (str(image.resolve()), facts.st_size, facts.st_mtime_ns)

@@ -42,16 +42,23 @@ def evaluate_run(
     config = config or EvaluateConfig()
     encoder = load_encoder(run.path)
     facts = run.read_json("encoder.json")
+    trained = run.read_config()["data"]
     if config.size == 0:
         config = replace(config, size=int(facts["input_size"]))
     collection = open_collection(source or facts["source"])
     if not any(record.split for record in collection.records):
         raise DataError(
-            f"{collection.name} defines no splits; add a column 'split' with {splits[0]} and {splits[1]}, by patient"
+            f"{collection.name} defines no splits; give the table a column 'split' with {splits[0]} and {splits[1]}, "
+            "by patient (NIH: put train_val_list.txt and test_list.txt beside the label table)"
         )
     evaluation = evaluate(
         task, encoder, collection, splits, config, cache=run.path / "evaluation" / "features", progress=progress
     )
+    evaluation.result["pretraining"] = {"source": facts["source"], "split": trained["split"]}
+    if progress is not None and (collection.name, splits[1]) == (facts["source"], trained["split"]):
+        progress.say(
+            f"note: the encoder was pre-trained (without labels) on the images of '{splits[1]}' it is judged on"
+        )
     write_evaluation(run, evaluation)
     return evaluation
 
@@ -94,7 +101,7 @@ def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                     estimate = _pick(part, finding)[measure]
                     row |= {f"{name}{k}": estimate[k] for k in ("value", "low", "high")}
                 row["difference_p_value"] = _pick(table["difference"], finding)[measure]["p_value"]
-                row["note"] = counts[measure]["note"]
+                row |= {"note": counts[measure]["note"], "caution": counts[measure]["caution"]}
                 rows.append(row)
     return rows
 

@@ -374,7 +374,9 @@ def _mean(sample: _Sample, included: list[int], values: FloatArray, draws: Float
     # would be another quantity.
     allowed = min(0.5, _MOST_UNDEFINED * len(included))
     value, draw = float(values[included].mean()), draws[included].mean(axis=0)
-    return _estimate(value, draw, counts, sample.settings, allowed=allowed)
+    few = [sample.findings[f] for f in included if _few(sample.counts[f])]
+    caution = f"of few patients: {', '.join(few)}; the interval is likely too narrow" if few else ""
+    return _estimate(value, draw, counts, sample.settings, allowed=allowed, caution=caution)
 
 
 def _estimate(

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from otcxr.config import to_plain
 from otcxr.console import Progress, SilentProgress
-from otcxr.data.records import Collection
+from otcxr.data.dataset import PixelCache, check_records
+from otcxr.data.records import Collection, Skipped
 from otcxr.errors import ConfigError, DataError, did_you_mean
 from otcxr.evaluation.classify import LinearProbe, fit_probe
 from otcxr.evaluation.features import calibrate_norms, pooled_features
 from otcxr.evaluation.statistics import Comparison, as_json, compare_scores
-from otcxr.nn.encoder import Encoder, build_encoder
+from otcxr.nn.encoder import Encoder, build_encoder, encoder_digest
 from otcxr.runs import describe_environment
 
 __all__ = ["TASKS", "EvaluateConfig", "Evaluation", "evaluate", "random_twin"]
@@ -34,6 +35,8 @@ class EvaluateConfig:
         level: Level of the intervals.
         folds: Folds, by patient, of the choice of the penalty.
         strengths: Inverse penalties to choose from.
+        max_skipped: Largest share of images that may be missing or broken.
+        cache_gb: Memory in GB for decoded images.
         within: Attributes of a record (view, sex) within whose values the same scores are judged again.
         seed: Of folds, resamples and the random-initialised encoder.
     """
@@ -44,6 +47,8 @@ class EvaluateConfig:
     level: float = 0.95
     folds: int = 3
     strengths: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    max_skipped: float = 0.05
+    cache_gb: float = 2.0
     within: tuple[str, ...] = ("view",)
     seed: int = 0
 
@@ -51,6 +56,9 @@ class EvaluateConfig:
         if self.folds < 2 or self.batch_size < 2 or not self.strengths or min(self.strengths) <= 0:
             raise ConfigError("folds and batch_size must be at least 2 and every strength > 0, received "
                               f"{self.folds}, {self.batch_size}, {self.strengths}")  # fmt: skip
+        if self.seed < 0 or self.cache_gb < 0 or not 0 <= self.max_skipped <= 1:
+            raise ConfigError(f"seed and cache_gb must be >= 0 and max_skipped in [0, 1], received {self.seed}, "
+                              f"{self.cache_gb}, {self.max_skipped}")  # fmt: skip
         for name in self.within:
             if name not in ("view", "sex"):
                 raise ConfigError(f"within may hold view and sex; received '{name}'")
@@ -119,20 +127,30 @@ def _linear(
     cache: Path | None,
     progress: Progress,
 ) -> Evaluation:
-    fit, test = collection.split(splits[0]), collection.split(splits[1])
     if config.size < 16:
         raise ConfigError(f"size must be at least 16 pixels, received {config.size}")
+    pixels = PixelCache(config.cache_gb)
+    fit, fit_skipped = _usable(collection.split(splits[0]), config, pixels, progress)
+    test, test_skipped = _usable(collection.split(splits[1]), config, pixels, progress)
+    shared = {record.patient for record in fit.records} & {record.patient for record in test.records}
+    if shared:
+        raise DataError(
+            f"{len(shared)} patients are in the split to fit on ('{splits[0]}') and in the one to judge on "
+            f"('{splits[1]}'), first {min(shared)}; judge on other patients"
+        )
     findings = collection.findings
     twin = random_twin(encoder, config.seed)
     with progress.bar("random network", len(fit.records), "images") as bar:
-        calibrate_norms(twin, fit.records, config.size, config.batch_size, bar)
+        calibrate_norms(twin, fit.records, config.size, config.batch_size, pixels, bar)
     fit_labels, test_labels = _labels(fit), _labels(test)
     fit_patients = [record.patient for record in fit.records]
     test_patients = np.array([record.patient for record in test.records])
 
     def judge(network: Encoder, title: str) -> tuple[LinearProbe, NDArray[np.float64]]:
         x_fit, x_test = (
-            pooled_features(network, part.records, config.size, config.batch_size, cache, progress, f"{title} {name}")
+            pooled_features(
+                network, part.records, config.size, config.batch_size, pixels, cache, progress, f"{title} {name}"
+            )
             for part, name in ((fit, splits[0]), (test, splits[1]))
         )
         probe = fit_probe(x_fit, fit_labels, fit_patients, findings, strengths=config.strengths, folds=config.folds,
@@ -155,10 +173,19 @@ def _linear(
             )
     result = {
         "task": "linear",
+        "encoder_digest": encoder_digest(encoder),
         "collection": collection.name,
         "splits": {
-            role: {"name": part_name, "images": len(part.records), "patients": len({r.patient for r in part.records})}
-            for role, part_name, part in (("fit", splits[0], fit), ("test", splits[1], test))
+            role: {
+                "name": part_name,
+                "images": len(part.records),
+                "patients": len({r.patient for r in part.records}),
+                "skipped": [item.image for item in skipped],
+            }
+            for role, part_name, part, skipped in (
+                ("fit", splits[0], fit, fit_skipped),
+                ("test", splits[1], test, test_skipped),
+            )
         },
         **table,
         "within": within,
@@ -167,6 +194,20 @@ def _linear(
         "environment": describe_environment(),
     }
     return Evaluation("linear", result, probe, tuple(r.name for r in test.records), scores, test_labels)
+
+
+def _usable(
+    part: Collection, config: EvaluateConfig, pixels: PixelCache, progress: Progress
+) -> tuple[Collection, list[Skipped]]:
+    """The records whose pixels can be read, and what cannot.
+
+    Raises: DataError: nothing is left, or more than ``max_skipped`` is missing.
+    """
+    with progress.bar("reading images", len(part.records), "images") as bar:
+        usable, skipped = check_records(part, pixels, config.max_skipped, bar)
+    if skipped:
+        progress.say(f"skipped {len(skipped)} images (first: {skipped[0].image}: {skipped[0].reason})")
+    return part._replace(records=[part.records[index] for index in usable]), skipped
 
 
 def _labels(part: Collection) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,7 +17,17 @@ from otcxr.errors import CheckpointError, ConfigError, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ENCODERS", "Architecture", "Encoder", "build_encoder", "describe", "load_encoder", "load_state", "pool"]
+__all__ = [
+    "ENCODERS",
+    "Architecture",
+    "Encoder",
+    "build_encoder",
+    "describe",
+    "encoder_digest",
+    "load_encoder",
+    "load_state",
+    "pool",
+]
 
 
 class Architecture(NamedTuple):
@@ -36,6 +47,7 @@ class Encoder(nn.Module, ABC):
         architecture: The arguments that built it.
         channels: Channels of each map, fine to coarse.
         strides: Pixels of the image per position of each map, fine to coarse.
+        first_centre: Where the last map's first position looks, in cells of that map: 0.5 is the middle of its cell.
         mean, std: Pixel statistics with which ``forward`` standardises images in [0, 1].
     """
 
@@ -44,6 +56,7 @@ class Encoder(nn.Module, ABC):
     strides: tuple[int, ...]
     mean: float = 0.5
     std: float = 0.25
+    first_centre: float = 0.5
 
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -106,12 +119,22 @@ def build_encoder(
         return ENCODERS[name](architecture)
 
 
+def encoder_digest(encoder: Encoder) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of all weights and statistics: which encoder a number belongs to."""
+    total = hashlib.sha256()
+    for name, value in sorted(encoder.state_dict().items()):
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
 def describe(encoder: Encoder) -> dict[str, Any]:
     """The facts about an encoder that ``encoder.json`` holds and ``load_encoder`` reads."""
     return {
         "architecture": encoder.architecture._asdict(),
         "channels": list(encoder.channels),
         "strides": list(encoder.strides),
+        "digest": encoder_digest(encoder),
         "mean": encoder.mean,
         "std": encoder.std,
         "input": "images (B, C, H, W) float in [0, 1], bone bright; standardised inside by mean and std",

@@ -95,6 +95,8 @@ class ResNet(Encoder):
         self.layer4 = _stage(block, 4 * width * block.expansion, 8 * width, layers[3], last, architecture.padding)
         self.channels = (width, *(width * 2**i * block.expansion for i in range(4)))
         self.strides = (2, 4, 8, 16, architecture.stride)
+        # strided convolutions with symmetric padding look at pixel 0 first, whose centre is half a pixel in
+        self.first_centre = 0.5 / architecture.stride
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
