@@ -211,6 +211,11 @@ def test_refusals_name_the_fix():
         evaluate("linear", encoder, Collection("x", (), ()), ("train", "test"), EvaluateConfig(size=32))
     with pytest.raises(DataError, match="no record in split 'tset'; did you mean 'test'"):
         evaluate("linear", encoder, phantoms, ("train", "tset"), EvaluateConfig(size=32))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no usable GPU; use cpu or auto"):
+            evaluate("linear", encoder, phantoms, ("train", "test"), EvaluateConfig(size=32, accelerator="cuda"))
+    with pytest.raises(ConfigError, match="accelerator must be"):
+        EvaluateConfig(accelerator="tpu")
     with pytest.raises(ConfigError, match="within may hold"):
         EvaluateConfig(within=("age",))
 

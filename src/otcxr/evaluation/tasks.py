@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from otcxr.config import to_plain
@@ -35,6 +36,7 @@ class EvaluateConfig:
         level: Level of the intervals.
         folds: Folds, by patient, of the choice of the penalty.
         strengths: Inverse penalties to choose from.
+        accelerator: auto, cpu or cuda; where features are computed.
         max_skipped: Largest share of images that may be missing or broken.
         cache_gb: Memory in GB for decoded images.
         within: Attributes of a record (view, sex) within whose values the same scores are judged again.
@@ -47,6 +49,7 @@ class EvaluateConfig:
     level: float = 0.95
     folds: int = 3
     strengths: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    accelerator: str = "auto"
     max_skipped: float = 0.05
     cache_gb: float = 2.0
     within: tuple[str, ...] = ("view",)
@@ -59,6 +62,8 @@ class EvaluateConfig:
         if self.seed < 0 or self.cache_gb < 0 or not 0 <= self.max_skipped <= 1:
             raise ConfigError(f"seed and cache_gb must be >= 0 and max_skipped in [0, 1], received {self.seed}, "
                               f"{self.cache_gb}, {self.max_skipped}")  # fmt: skip
+        if self.accelerator not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"accelerator must be auto, cpu or cuda, received '{self.accelerator}'")
         for name in self.within:
             if name not in ("view", "sex"):
                 raise ConfigError(f"within may hold view and sex; received '{name}'")
@@ -139,7 +144,8 @@ def _linear(
             f"('{splits[1]}'), first {min(shared)}; judge on other patients"
         )
     findings = collection.findings
-    twin = random_twin(encoder, config.seed)
+    device = _device(config.accelerator)
+    encoder, twin = encoder.to(device), random_twin(encoder, config.seed).to(device)
     with progress.bar("random network", len(fit.records), "images") as bar:
         calibrate_norms(twin, fit.records, config.size, config.batch_size, pixels, bar)
     fit_labels, test_labels = _labels(fit), _labels(test)
@@ -194,6 +200,16 @@ def _linear(
         "environment": describe_environment(),
     }
     return Evaluation("linear", result, probe, tuple(r.name for r in test.records), scores, test_labels)
+
+
+def _device(accelerator: str) -> torch.device:
+    """The device that a setting names.
+
+    Raises: ConfigError: a GPU is asked for where none is usable.
+    """
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("eval.accelerator is cuda but this machine has no usable GPU; use cpu or auto")
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _usable(
