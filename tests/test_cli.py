@@ -92,7 +92,8 @@ BAD = {
     "settings file with unknown name": (["--config", "{tmp}/bad.yaml", "--data.source", "phantom:8"],
                                         "unknown setting views.siez in"),
     "settings file that is no text": (["--config", "{tmp}/binary.yaml", "--data.source", "phantom:8"], "is not UTF-8"),
-    "method as plain text": (["--config", "{tmp}/plain.yaml", "--data.source", "phantom:8"], "is a group of settings"),
+    "method as plain text": (["--config", "{tmp}/plain.yaml", "--data.source", "phantom:8"],
+                             "is a group of settings; write method.name"),
     "text for a list": (["--data.source", "phantom:8", "--views.scale", "big"], "write it as a list, such as [a, b]"),
     "negative seed": (["--data.source", "phantom:8", "--seed", "-1"], "seed must be >= 0"),
     "source missing": ([], "data.source"),
@@ -108,7 +109,7 @@ def bad_inputs(tmp_path_factory):
     folder_of_pictures(tmp / "broken", broken=5)
     (folder_of_pictures(tmp / "table") / "labels.csv").write_text("image,person\n00.png,1\n")
     (tmp / "bad.yaml").write_text("views:\n  siez: 3\n")
-    (tmp / "plain.yaml").write_text("views: 3\n")
+    (tmp / "plain.yaml").write_text("method: simclr\n")
     (tmp / "binary.yaml").write_bytes(b"\xff\xfe\x00a")
     return tmp
 

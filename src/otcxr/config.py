@@ -102,6 +102,7 @@ def _check_known(name: str, known: set[str], where: str = "") -> None:
         return
     inside = sorted(key for key in known if key.startswith(f"{name}."))
     if inside:
+        inside.sort(key=lambda key: key != f"{name}.name")  # "method: simclr" means method.name
         raise ConfigError(
             f"{name}{where} is a group of settings; write {inside[0]} and the like, in YAML indented below it"
         )
