@@ -147,6 +147,14 @@ def write_table() -> None:
         )
     text += [
         "",
+        "## What falls short",
+        "",
+        "`otcxr` and `otcxr-uniform` differ by less than the intervals show: with the defaults the attention that gives "
+        "the masses is not trained (docs/otcxr.md), so this says nothing about learned masses. Heat maps of the linear "
+        "probe on a map of 6 x 6 positions are coarse and often lie outside the expert boxes; they are drawn as they "
+        "come. The random network with replicate padding is a weaker opponent than one with zero padding would be: "
+        "zeros tell the probe where things are.",
+        "",
         f"Machine: {environment['system']}, {environment['cpus']} CPUs, {environment['threads']} thread(s); Python "
         f"{environment['python']}, torch {environment['versions']['torch']}; {environment['date']}. Radiographs: NIH "
         "Clinical Center, ChestX-ray14 (Wang et al., CVPR 2017).",
