@@ -183,18 +183,20 @@ def write_table() -> None:
         text.append(
             f"| {method} | {seed} | {show('effective_rank', 1)} of {show('effective_rank_limit', 0)} | "
             f"{show('spatial_diversity')} | {show('hits')} | {show('hits_nearest_neighbour')} "
-            f"| {show('hits_same_cell')} | {show('hits_chance')} | {show('entropy_mu')} | {show('entropy_uniform')} | {verdict} |"
+            f"| {show('hits_same_cell')} | {show('hits_chance')} "
+            f"| {show('entropy_mu')} | {show('entropy_uniform')} | {verdict} |"
         )
     text += [
         "",
         "## What falls short",
         "",
-        "Methods are compared with a random network here, not with each other: two seeds of one small set cannot do "
-        "that. Read the pre-trained rows beside both random networks: against the one with zero padding the gain of "
-        "`otcxr` is smaller, and within PA hardly any is left. SimCLR is ahead of `otcxr` on Pneumonia in most of these "
-        "rows. With the defaults the attention that gives the masses is not trained (docs/otcxr.md), so `otcxr` beside "
-        "`otcxr-uniform` says nothing about learned masses. Heat maps of the linear probe on a map of 6 x 6 positions "
-        "are coarse and often lie outside the expert boxes; they are drawn as they come.",
+        "Methods are compared with a random network here, not with each other: two seeds of one small set cannot "
+        "do that. Read the pre-trained rows beside both random networks: against the one with zero padding the "
+        "gain of `otcxr` is smaller, and within PA hardly any is left. SimCLR is ahead of `otcxr` on Pneumonia in "
+        "most of these rows. With the defaults the attention that gives the masses is not trained "
+        "(docs/otcxr.md), so `otcxr` beside `otcxr-uniform` says nothing about learned masses. Heat maps of the "
+        "linear probe on a map of 6 x 6 positions are coarse and often lie outside the expert boxes; they are "
+        "drawn as they come.",
         "",
         f"Machine: {environment['system']}, {environment['cpus']} CPUs, {environment['threads']} thread(s); Python "
         f"{environment['python']}, torch {environment['versions']['torch']}; {environment['date']}. Radiographs: NIH "

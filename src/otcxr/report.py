@@ -191,4 +191,5 @@ def _bounds(estimate: Mapping[str, Any], sign: str = "") -> str:
     """The interval alone."""
     if estimate["value"] is None:
         return "not estimable"
-    return f"[{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]"
+    mark = " †" if estimate["caution"] else ""
+    return f"[{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]{mark}"
