@@ -530,3 +530,13 @@ def test_token_valid_threshold():
     assert token_valid(valid, 2, 2, share=0.25).tolist() == [[True, True, True, True]]
     assert token_valid(valid, 2, 2, share=1.0).tolist() == [[False, False, True, False]]
     assert token_valid(valid, 1, 2).shape == (1, 2)
+
+
+def test_a_bare_image_is_valid_everywhere():
+    image = torch.rand(1, 40, 50, generator=torch.Generator().manual_seed(0))
+    bare = make_views(image, ViewsConfig(size=32), view_generator(0, 0, 0))
+    whole = make_views(
+        Radiograph(image, torch.ones_like(image, dtype=torch.bool), None), ViewsConfig(size=32), view_generator(0, 0, 0)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(bare.views, whole.views, strict=True))
+    assert torch.equal(bare.geometry, whole.geometry)

@@ -15,9 +15,10 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from otcxr.data.geometry import ViewBatch
-from otcxr.data.records import Radiograph
+from otcxr.data.records import Radiograph, full_valid
 from otcxr.errors import ConfigError
 
 __all__ = ["MIN_VALID", "ViewBatch", "ViewsConfig", "collate_views", "make_views", "view_generator"]
@@ -83,18 +84,20 @@ def view_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 def make_views(
-    radiograph: Radiograph, config: ViewsConfig, generator: np.random.Generator, count: int = 2
+    radiograph: Radiograph | Tensor, config: ViewsConfig, generator: np.random.Generator, count: int = 2
 ) -> ViewBatch:
     """Draw views of one radiograph.
 
     Args:
-        radiograph: Pixels and validity.
+        radiograph: Pixels and validity, or an image (1, H, W) as ``load_image`` gives it, valid everywhere.
         config: The distribution of views.
         generator: Source of all randomness.
         count: How many views.
     Returns: A ViewBatch with B = 1. ``geometry`` maps view to image exactly; a pixel is valid when its centre lies
         inside the image and everything it averages over is valid. Invalid pixels are 0.
     """
+    if isinstance(radiograph, Tensor):
+        radiograph = Radiograph(radiograph, full_valid(radiograph), None)
     image = radiograph.image[0].numpy()
     valid = None if bool(radiograph.valid.all()) else radiograph.valid[0].numpy()
     views, cleans, valids, maps = [], [], [], []
