@@ -224,6 +224,17 @@ def test_divergence_stops_before_a_weight_takes_it_in(method, tmp_path):
         pretrain(tiny(tmp_path / "run", method, train=wild))
 
 
+def test_what_a_killed_process_left_is_swept(tmp_path):
+    run = Run(tmp_path / "run")
+    (run.path / "pairs").mkdir(parents=True)
+    gone, mine = run.path / "pairs" / "000.npz.4194305.tmp", run.path / f"last.ckpt.{os.getpid()}.tmp"
+    gone.write_bytes(b"half")
+    mine.write_bytes(b"at work")
+    with run.lock():
+        assert not gone.exists()
+        assert mine.exists()
+
+
 def test_a_second_process_is_refused(tmp_path):
     run = Run(tmp_path / "run")
     with run.lock(), pytest.raises(ConfigError, match="another process is writing"):

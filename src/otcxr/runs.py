@@ -104,6 +104,9 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ConfigError(f"another process is writing to {self.path}; wait for it or stop it") from error
+            for left in self.path.rglob("*.tmp"):  # what a killed process was writing
+                if not _alive(left.name.split(".")[-2]):
+                    left.unlink(missing_ok=True)
             yield
 
     @property
@@ -189,6 +192,17 @@ class Run:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **dict(arrays))
         write_atomic(self.path / name, buffer.getvalue())
+
+
+def _alive(process: str) -> bool:
+    """Whether a process of this number runs here; a text that is no number belongs to none."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # it runs, as another user
+        return True
+    return True
 
 
 def _first_line(error: Exception) -> str:
