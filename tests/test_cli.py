@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import cv2
 import numpy as np
@@ -25,11 +24,9 @@ def run_line(words, capsys):
     return code, capsys.readouterr().err.strip().splitlines()
 
 
-def test_help_is_quick_and_lists_every_command():
-    started = time.perf_counter()
+def test_help_lists_every_command():
+    """That it is quick, because it loads nothing heavy, is tested with the architecture."""
     done = subprocess.run([sys.executable, "-m", "otcxr", "--help"], capture_output=True, text=True, check=True)
-    # generous: it takes a tenth of this; loading torch alone would take longer
-    assert time.perf_counter() - started < 2.0
     assert all(name in done.stdout for name in COMMANDS)
 
 

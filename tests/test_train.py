@@ -218,6 +218,17 @@ def test_a_source_that_moved_can_be_continued(tmp_path):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
+def test_half_precision_trains_and_leaves_float32_weights(method, tmp_path):
+    half = TrainConfig(epochs=1, batch_size=8, accelerator="cpu", precision="bf16-mixed", probes=1, log_every=1)
+    run = pretrain(tiny(tmp_path / "run", method, train=half))
+    full = pretrain(tiny(tmp_path / "full", method, train=replace(half, precision="32-true")))
+    assert all(value.dtype != torch.bfloat16 for value in load_encoder(run.path).state_dict().values())
+    first, expected = run.read_metrics()[0]["loss"], full.read_metrics()[0]["loss"]
+    assert first == pytest.approx(expected, rel=0.05)
+    assert first != expected  # it did compute in half precision
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_divergence_stops_before_a_weight_takes_it_in(method, tmp_path):
     wild = TrainConfig(epochs=3, batch_size=8, accelerator="cpu", learning_rate=1e12, clip=1e30, warmup=0.0, probes=0)
     with pytest.raises(OtcxrError, match="diverged at step .* Lower train.learning_rate"):
