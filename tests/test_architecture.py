@@ -60,7 +60,8 @@ MAY_IMPORT = {
     "methods.simclr": METHODS,
     "health": "methods.base data.geometry ot",
     "probes": "methods.base data runs errors",
-    "train": "methods nn data health probes runs optim config console errors",
+    "settings": "methods data config errors",
+    "train": "methods nn data health probes runs settings optim config console errors",
     # judging: sees encoders, records and files, never a method
     "evaluation": EVALUATION,
     "evaluation.classify": EVALUATION,
@@ -167,7 +168,7 @@ def f():
 def test_what_judges_an_encoder_never_reaches_a_method(package):
     """Also not through others: so a plain encoder without extra cost is a property of the imports."""
     for module in (m for m in MODULES if below(m, package)):
-        training = ("methods", "train", "health", "probes", "losses")
+        training = ("methods", "settings", "train", "health", "probes", "losses")
         found = sorted(m for m in reached(module) if any(below(m, t) for t in training))
         assert found == [], module
 
