@@ -121,7 +121,7 @@ def test_bad_input_is_one_line_that_names_the_fix(name, bad_inputs, tmp_path, ca
     assert len(lines) == 1, lines
     assert lines[0].startswith("otcxr: ")
     assert expected in lines[0]
-    assert not (tmp_path / "run" / "last.ckpt").exists()
+    assert not (tmp_path / "run").exists()  # a mistake leaves no trace
 
 
 @pytest.mark.parametrize(

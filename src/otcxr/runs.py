@@ -15,7 +15,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -107,7 +107,13 @@ class Run:
             for left in self.path.rglob("*.tmp"):  # what a killed process was writing
                 if not _alive(left.name.split(".")[-2]):
                     left.unlink(missing_ok=True)
-            yield
+            try:
+                yield
+            finally:
+                if not (self.path / "config.yaml").exists():  # it never became a run: leave no trace
+                    (self.path / ".lock").unlink(missing_ok=True)
+                    with suppress(OSError):  # it held other files before
+                        self.path.rmdir()
 
     @property
     def name(self) -> str:
