@@ -1,6 +1,7 @@
 """The command line: quick help, and every mistake in one line that names the fix."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -191,12 +192,12 @@ def test_data_inspect_counts_and_lists(bad_inputs, tmp_path, capsys):
     out = tmp_path / "skipped.csv"
     assert main(["data", "inspect", f"folder:{bad_inputs}/broken", "--skipped", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "15 usable images" in text
+    assert "15 usable images, patients not stated" in text
     assert "5 skipped" in text
     assert len(out.read_text().splitlines()) == 6
     assert main(["data", "inspect", "phantom:30,seed=2,size=32"]) == 0
     text = capsys.readouterr().out
-    assert "30 usable images" in text
+    assert re.search(r"30 usable images, \d+ patients, 30 studies", text)
     assert "Nodule" in text
 
 

@@ -130,8 +130,11 @@ def data_inspect(words: Sequence[str]) -> int:
         counted = collections.Counter("unknown" if v is None or v == "" else str(v) for v in values)
         progress.say(f"{title:<10} " + ", ".join(f"{k} {n}" for k, n in sorted(counted.items())))
 
-    progress.say(f"{collection.name}: {len(usable)} usable images, {len({r.patient for r in records})} patients, "
-                 f"{len({r.study for r in records})} studies, {len(skipped)} skipped")  # fmt: skip
+    # a folder without a table gives every image its own name as patient and study: that is not knowledge
+    stated = any(r.patient != r.study for r in records)
+    people = f"{len({r.patient for r in records})} patients, {len({r.study for r in records})} studies"
+    progress.say(f"{collection.name}: {len(usable)} usable images, {people if stated else 'patients not stated'}, "
+                 f"{len(skipped)} skipped")  # fmt: skip
     count("split", [r.split for r in records])
     count("view", [r.view for r in records])
     count("sex", [r.sex for r in records])
