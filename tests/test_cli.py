@@ -201,6 +201,31 @@ def test_data_inspect_counts_and_lists(bad_inputs, tmp_path, capsys):
     assert "Nodule" in text
 
 
+def test_labels_that_are_none_are_named(tmp_path, capsys, caplog):
+    folder = folder_of_pictures(tmp_path / "pictures")
+    (folder / "labels.csv").write_text("image,patient,Edema,Mass\n00.png,a,1,-1\n01.png,b,0,1\n")
+    main(["data", "inspect", f"folder:{folder}"])
+    assert "column 'Mass' is no finding: it holds '-1'" in caplog.text
+    assert "Edema" in capsys.readouterr().out
+
+
+def test_inspect_says_when_a_split_cuts_through_a_patient(tmp_path, capsys):
+    folder = folder_of_pictures(tmp_path / "pictures")
+    (folder / "labels.csv").write_text("image,patient,split\n00.png,a,train\n01.png,a,test\n")
+    assert main(["data", "inspect", f"folder:{folder}"]) == 0
+    assert "a split must not cut through a patient" in capsys.readouterr().out
+
+
+def test_the_table_is_never_cut(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    assert main(["pretrain", "--data.source", "phantom:200,seed=5,size=32", "--out", run, *SMALL]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", run, "--eval.resamples", "50"]) == 0
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert re.search(r"Effusion +\d+/\d+ +0\.\d{3} \[\d\.\d\d, \d\.\d\d\]", text)
+
+
 def test_the_whole_path_from_the_command_line(tmp_path, capsys):
     run = str(tmp_path / "run")
     source = "phantom:200,seed=5,size=32"

@@ -149,7 +149,7 @@ def small_run(path: Path, name="<b>bold</b> & co") -> Run:
     for step in (1, 2, 3):
         run.append_metrics({"step": step, "epoch": float(step), "loss": 3.0 / step, "transport": 0.5, "chance": 2.0,
                             "images_per_s": 100.0, "elapsed_s": 60.0 * step, "health": health,
-                            "verdict": {"healthy": step > 1, "text": "healthy: it learns"}})  # fmt: skip
+                            "verdict": {"healthy": step > 1, "text": "no collapse seen: it learns"}})  # fmt: skip
     return run
 
 

@@ -305,7 +305,7 @@ GOOD_MATCH = {
 
 
 def test_good_numbers_are_healthy():
-    assert verdict(GOOD) == (True, "healthy: effective rank 12.0 of 31, 60% of token variance within images")
+    assert verdict(GOOD) == (True, "no collapse seen: effective rank 12.0 of 31, 60% of token variance within images")
     judged = verdict(GOOD_MATCH)
     assert judged.healthy
     assert judged.text.endswith("correspondence 0.70 (nearest neighbour 0.65, chance 0.20)")

@@ -168,13 +168,32 @@ def test_a_stopped_run_goes_on_bit_for_bit(sent, tmp_path):
     for path in (tmp_path / "stopped").rglob("*"):  # nothing half-written under a final name
         if path.suffix == ".json":
             json.loads(path.read_text())
-    done = subprocess.run([*words, "--resume", "true"], env=environment, capture_output=True, check=False)
+    # the run goes on with its own settings, as the message says; nothing else need be typed again
+    again = [*words[:4], "--resume", "true", "--out", str(tmp_path / "stopped")]
+    done = subprocess.run(again, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     environment_whole = command(whole, tmp_path / "whole.yaml")
     subprocess.run(environment_whole, env=environment, capture_output=True, check=True)
     assert final_weights(tmp_path / "stopped") == final_weights(tmp_path / "whole")
     steps = [line["step"] for line in Run.open(tmp_path / "stopped").read_metrics()]
     assert steps == list(range(1, steps[-1] + 1))
+
+
+def test_a_copied_run_goes_on_in_the_copy(finished, tmp_path):
+    """The folder's own settings do not name the folder."""
+    import shutil
+
+    from otcxr.cli import main
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "last.ckpt").unlink()
+    before = (finished / "metrics.jsonl").read_bytes()
+    (copy / "metrics.jsonl").write_text("")
+    assert main(["pretrain", "--resume", "true", "--out", str(copy)]) == 0
+    assert (copy / "last.ckpt").exists()
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    assert final_weights(copy) == final_weights(finished)
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished):

@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"otcxr {__version__}")  # noqa: T201
         return 0
     try:
+        if words[0] == "data" and (len(words) == 1 or words[1].startswith("-")):
+            words = ["data", "inspect", "--help"]
         name = " ".join(words[:2]) if words[0] == "data" else words[0]
         if name not in COMMANDS:
             raise ConfigError(f"unknown command '{name}'{did_you_mean(name, COMMANDS)}")

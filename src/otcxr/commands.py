@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from otcxr.config import add_settings, make_parser, parse, peek
 from otcxr.console import RichProgress
-from otcxr.errors import ConfigError, did_you_mean
+from otcxr.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -28,6 +28,9 @@ def pretrain(words: Sequence[str]) -> int:
 
     # --method NAME is short for --method.name NAME
     words = [w if w.partition("=")[0] != "--method" else w.replace("--method", "--method.name", 1) for w in words]
+    saved = Path(peek(words, "out", "")) / "config.yaml"
+    if peek(words, "resume", "false").lower() == "true" and saved.is_file() and "--config" not in words:
+        words = ["--config", str(saved), *words]  # a run goes on with its own settings
     name = peek(words, "method.name", PretrainConfig.method)
     if name not in METHODS:
         raise ConfigError(f"unknown method '{name}'{did_you_mean(name, METHODS)}")
@@ -105,7 +108,8 @@ def report(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=str, default="", help="the page (default: report.html in the first run)")
     plain = _parsed(parser, words)
     runs = [Run.open(path) for path in plain["runs"]]
-    out = write_report(runs, Path(plain["out"]) if plain["out"] else runs[0].path / "report.html")
+    out = Path(plain["out"]) if plain["out"] else runs[0].path / "report.html"
+    out = write_report(runs, out if out.suffix else out.with_suffix(".html"))
     RichProgress().say(f"report: {out}")
     return 0
 
@@ -135,6 +139,11 @@ def data_inspect(words: Sequence[str]) -> int:
     people = f"{len({r.patient for r in records})} patients, {len({r.study for r in records})} studies"
     progress.say(f"{collection.name}: {len(usable)} usable images, {people if stated else 'patients not stated'}, "
                  f"{len(skipped)} skipped")  # fmt: skip
+    for split in sorted({r.split for r in records} - {""}):
+        try:
+            collection.split(split)
+        except DataError as error:
+            progress.say(f"warning: {error}")
     count("split", [r.split for r in records])
     count("view", [r.view for r in records])
     count("sex", [r.sex for r in records])
@@ -203,9 +212,10 @@ def _print_table(result: dict[str, Any], progress: RichProgress) -> None:
     level = f"{result['intervals']['level']:.0%}"
     for group, part in [("all test images", result), *result["within"].items()]:
         for measure, name in (("auroc", "AUROC"), ("average_precision", "average precision")):
-            table = Table(title=f"{name}, {group} ({level} intervals by patient)", title_justify="left", box=None)
+            table = Table(title=f"{name}, {group} ({level} intervals by patient)", title_justify="left", box=None,
+                          padding=(0, 1, 0, 0))  # fmt: skip
             table.add_column("finding", no_wrap=True)
-            for column in ("n", "positive", "encoder", "random", "difference"):
+            for column in ("positive", "encoder", "random", "difference"):
                 table.add_column(column, no_wrap=True, justify="right")
             for finding in [*part["findings"], "macro"]:
                 row, random, gap = (
@@ -214,9 +224,9 @@ def _print_table(result: dict[str, Any], progress: RichProgress) -> None:
                 )
                 other = random[measure]["value"]
                 table.add_row(
-                    f"macro of {len(row['findings'])}" if finding == "macro" else finding, str(row["n"]),
-                    str(row["positives"]), _short(row[measure]), "" if other is None else f"{other:.3f}",
-                    _short(gap[measure], "+"),
+                    f"macro of {len(row['findings'])}" if finding == "macro" else finding,
+                    "" if finding == "macro" else f"{row['positives']}/{row['n']}", _short(row[measure]),
+                    "" if other is None else f"{other:.3f}", _short(gap[measure], "+"),
                 )  # fmt: skip
             progress.console.print(table)
             progress.console.print()

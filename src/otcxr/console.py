@@ -48,6 +48,8 @@ class RichProgress:
         from rich.console import Console
 
         self.console = Console(highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:  # a log has no width: numbers must not be cut to 80 columns
+            self.console = Console(highlight=False, soft_wrap=True, width=120)
 
     @contextmanager
     def bar(self, title: str, total: int, unit: str) -> Iterator[Bar]:

@@ -20,7 +20,7 @@ from otcxr.data.dataset import read_pixels
 from otcxr.data.geometry import correspondence
 from otcxr.data.images import fit_square
 from otcxr.data.records import Box, Record
-from otcxr.data.sources import open_collection
+from otcxr.data.sources import open_again
 from otcxr.errors import DataError
 from otcxr.nn.encoder import Encoder, encoder_digest, load_encoder
 from otcxr.runs import Run, write_atomic
@@ -55,7 +55,7 @@ def explain_run(run: Run, source: str = "", progress: Progress | None = None) ->
                 f"the probe in {run.path / 'evaluation'} belongs to an earlier state of the encoder; "
                 f"run 'otcxr evaluate {run.path}' again"
             )
-        test = open_collection(source or result["collection"]).split(result["splits"]["test"]["name"])
+        test = open_again(source or result["collection"]).split(result["splits"]["test"]["name"])
         broken = set(result["splits"]["test"]["skipped"])
         records = [record for record in test.records if record.name not in broken]
         entries += explain_probe(run, encoder, records, result["settings"]["size"], progress=progress)
@@ -68,8 +68,10 @@ def explain_pairs(run: Run, progress: Progress | None = None) -> list[dict[str, 
 
     Returns: One entry (file, kind, title, text) per picture; empty for a method that pairs no positions.
     """
-    entries = []
+    entries: list[dict[str, str]] = []
     files = sorted((run.path / "pairs").glob("*.npz"))
+    if not files:
+        return entries
     with (progress or SilentProgress()).bar("transport pictures", len(files), "pictures") as bar:
         for number, path in enumerate(files):
             with np.load(path) as stored:
@@ -130,7 +132,8 @@ def draw_pair(arrays: Mapping[str, NDArray[Any]]) -> tuple[Figure, str]:
     share = f"{near[known].mean():.0%} of {int(known.sum())}" if known.any() else "none"
     text = (
         f"Two views of {arrays['name']}. Mass goes to within one cell of the true position for {share} positions that "
-        f"both views show; the {min(_LINES, int(known.sum()))} heaviest of them are drawn."
+        f"both views show; the {min(_LINES, int(known.sum()))} heaviest of them are drawn, from dot to cross. "
+        "Masses are drawn around the places that tokens look at, so a strip at the right and lower edge has none."
     )
     return figure, text
 
@@ -166,6 +169,7 @@ def _draw_correspondences(
         colour, style = (_RIGHT, "-") if near[i] else (_WRONG, "--")
         axes.plot(*zip(start, end, strict=True), style, color=colour, linewidth=1.0, alpha=0.9)
         axes.plot(*start, "o", color=colour, markersize=3)
+        axes.plot(*end, "x", color=colour, markersize=4)
     for label, colour, style in (("within one cell of the truth", _RIGHT, "-"), ("farther off", _WRONG, "--")):
         axes.plot([], [], style, color=colour, label=label)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, frameon=False, fontsize=8)
@@ -220,10 +224,23 @@ def explain_probe(
             _save(figure, run, name)
             boxed = sum(map(bool, boxes))
             text = f"Grad-CAM of the linear probe for {finding} on {len(images)} test images that have it"
-            text += f"; expert boxes on {boxed} of them." if boxed else "; no expert boxes for this finding here."
+            text += f"; expert boxes on {boxed} of them" if boxed else "; no expert boxes for this finding here"
+            if boxed:
+                hit = sum(_peak_inside(m, b) for m, b in zip(maps, boxes, strict=True) if b)
+                text += f", the strongest evidence inside a box on {hit}"
+            text += ". Colours are scaled by the strongest evidence in these images; they are not chosen by score."
             entries.append({"file": name, "kind": "heat", "title": finding, "text": text})
             bar(done + 1)
     return entries
+
+
+def _peak_inside(heat: NDArray[np.float32], boxes: Sequence[tuple[float, float, float, float]]) -> bool:
+    """Whether the maximum of a map (S, S) lies in one of the boxes (in [0, 1]); a map without evidence hits nothing."""
+    if float(heat.max()) <= 0:
+        return False
+    row, column = divmod(int(heat.argmax()), heat.shape[1])
+    y, x = (row + 0.5) / heat.shape[0], (column + 0.5) / heat.shape[1]
+    return any(left <= x <= left + width and top <= y <= top + height for left, top, width, height in boxes)
 
 
 def draw_heat_maps(

@@ -174,10 +174,12 @@ def verdict(now: Mapping[str, float]) -> Verdict:
                         f"other view, where {now['same_cell_true']:.0%} belong")  # fmt: skip
     if problems:
         return Verdict(False, "; ".join(problems))
-    text = f"healthy: effective rank {now['effective_rank']:.1f} of {now['effective_rank_limit']:.0f}, "
+    text = f"no collapse seen: effective rank {now['effective_rank']:.1f} of {now['effective_rank_limit']:.0f}, "
     text += f"{now['spatial_diversity']:.0%} of token variance within images"
     if "hits" in now:
         text += f", correspondence {now['hits']:.2f} (nearest neighbour {now['hits_nearest_neighbour']:.2f}, "
         text += f"chance {now['hits_chance']:.2f}"
         text += f", same place {now['hits_same_cell']:.2f})" if "hits_same_cell" in now else ")"
+        if now["hits"] <= now.get("hits_same_cell", now["hits_chance"]):
+            text += "; the plan does not yet pair better than equal places would"
     return Verdict(True, text)

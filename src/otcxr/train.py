@@ -95,14 +95,14 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Run:
 def _pretrain(config: PretrainConfig, fabric: Fabric, progress: Progress) -> Run:
     """``pretrain`` in a folder that no other process writes to."""
     run, checkpoint = _open_run(config)
+    if config.resume and checkpoint is None:
+        progress.say(f"nothing to resume in {run.path}: starting from the beginning")
     collection = open_collection(config.data.source)
     has_split = any(record.split for record in collection.records)
     training = collection.split(config.data.split) if has_split else collection
     cache = PixelCache(config.data.cache_gb)
     with progress.bar("reading images", len(training.records), "images") as bar:
         usable, skipped = check_records(training, cache, config.data.max_skipped, bar)
-    if skipped:
-        progress.say(f"skipped {len(skipped)} images, listed in {run.path / 'skipped.csv'}")
     if len(usable) < config.train.batch_size:
         raise ConfigError(
             f"{config.data.source} has {len(usable)} usable images in this split, fewer than train.batch_size = "
@@ -122,8 +122,11 @@ def _pretrain(config: PretrainConfig, fabric: Fabric, progress: Progress) -> Run
             "nothing had happened; bring them back, or start anew with another --out"
         )
     write_skipped(run.path / "skipped.csv", skipped)
+    if skipped:
+        progress.say(f"skipped {len(skipped)} images, listed in {run.path / 'skipped.csv'}")
     plain = config_to_plain(config)
-    run.write_config(plain)
+    # where the run lies and how it was started are no settings of it: the folder may be copied
+    run.write_config({name: value for name, value in plain.items() if name not in ("out", "resume")})
     facts = {"config_digest": identity(plain), "data_digest": images,
              "images": len(usable), "input_size": config.views.size, "source": config.data.source}  # fmt: skip
     run.write_json("environment.json", {**describe_environment(), **facts, "device": str(fabric.device)})
@@ -228,7 +231,8 @@ def fit(
                 if stop.is_set():
                     save()
                     raise Interrupted(
-                        f"stopped after step {step} of {total}; go on with --resume true --out {run.path}"
+                        f"stopped after step {step} of {total}; "
+                        f"go on with: otcxr pretrain --resume true --out {run.path}"
                     )
             save()
     latest = [line["verdict"]["text"] for line in run.read_metrics() if "verdict" in line][-1]
@@ -263,7 +267,7 @@ def _open_run(config: PretrainConfig) -> tuple[Run, dict[str, Any] | None]:
             kind = CheckpointError if name.startswith(("encoder.", "method.")) else ConfigError
             raise kind(
                 f"{run.path} was trained with {name} = {old.get(name)}, now it is {new.get(name)}; "
-                f"go on with the saved ones (--config {run.path / 'config.yaml'} --resume true) or choose another --out"
+                f"go on with the saved ones (otcxr pretrain --resume true --out {run.path}) or choose another --out"
             )
     return run, run.read_checkpoint()
 

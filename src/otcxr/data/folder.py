@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import re
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from otcxr.data.records import Collection, Record, Skipped
 from otcxr.errors import DataError
 
 __all__ = ["read_folder"]
+
+_log = logging.getLogger(__name__)
 
 _OPTION = re.compile(r",(csv|image|patient)=([^,]*)$")
 # a table written from floating-point columns, as columns with gaps often are, says 1.0
@@ -93,6 +96,10 @@ def _read_table(
     rest = [c for c in header if c and c not in (image_column, patient_column, *_KNOWN)]
     values = {column: {row[column].strip() for row in rows} for column in rest}
     findings = tuple(column for column in rest if values[column] - {""} and values[column] <= _LABELS.keys())
+    for column in rest:
+        if other := sorted(values[column] - _LABELS.keys()):
+            _log.warning("%s: column '%s' is no finding: it holds '%s'; a finding is 0, 1 or empty", table.name, column,
+                         other[0])  # fmt: skip
     by_name: dict[str, list[Path]] = {}
     for path in files:
         by_name.setdefault(path.name, []).append(path)

@@ -10,7 +10,7 @@ from otcxr.data.phantom import read_phantom
 from otcxr.data.records import Collection
 from otcxr.errors import DataError, did_you_mean
 
-__all__ = ["READERS", "open_collection"]
+__all__ = ["READERS", "open_again", "open_collection"]
 
 READERS: dict[str, Callable[[str], Collection]] = {
     "folder": read_folder,
@@ -32,3 +32,14 @@ def open_collection(source: str) -> Collection:
     if reader not in READERS:
         raise DataError(f"unknown reader '{reader}' in data.source{did_you_mean(reader, READERS)}")
     return READERS[reader](argument)
+
+
+def open_again(source: str) -> Collection:
+    """Open the source that a run recorded; if that fails, say that it may be given anew.
+
+    Raises: DataError: as ``open_collection``.
+    """
+    try:
+        return open_collection(source)
+    except DataError as error:
+        raise DataError(f"{error} (recorded by the run as {source}; --data.source says where it is now)") from error

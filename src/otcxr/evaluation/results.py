@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from otcxr.console import Progress
-from otcxr.data.sources import open_collection
+from otcxr.data.sources import open_again
 from otcxr.errors import DataError
 from otcxr.evaluation.estimates import MEASURES
 from otcxr.evaluation.tasks import EvaluateConfig, Evaluation, evaluate
@@ -42,10 +42,15 @@ def evaluate_run(
     config = config or EvaluateConfig()
     encoder = load_encoder(run.path)
     facts = run.read_json("encoder.json")
-    trained = run.read_config()["data"]
+    settings = run.read_config()
+    trained, epochs = settings["data"], settings["train"]["epochs"]
+    if progress is not None and facts["epochs"] < epochs:
+        progress.say(
+            f"note: the training stopped after {facts['epochs']:.1f} of {epochs} epochs; this judges it so far"
+        )
     if config.size == 0:
         config = replace(config, size=int(facts["input_size"]))
-    collection = open_collection(source or facts["source"])
+    collection = open_again(source or facts["source"])
     if not any(record.split for record in collection.records):
         raise DataError(
             f"{collection.name} defines no splits; give the table a column 'split' with {splits[0]} and {splits[1]}, "
