@@ -179,7 +179,7 @@ def write_table() -> None:
         def show(key: str, digits: int = 2, health: dict[str, float] = health) -> str:
             return f"{health[key]:.{digits}f}" if key in health else ""
 
-        verdict = "healthy" if cell["verdict"]["healthy"] else cell["verdict"]["text"]
+        verdict = "no collapse seen" if cell["verdict"]["healthy"] else cell["verdict"]["text"]
         text.append(
             f"| {method} | {seed} | {show('effective_rank', 1)} of {show('effective_rank_limit', 0)} | "
             f"{show('spatial_diversity')} | {show('hits')} | {show('hits_nearest_neighbour')} "
