@@ -179,11 +179,15 @@ def fit(
         run.write_checkpoint(state)
 
     method.train()
-    diverged = (
-        "the training diverged at step {step}: {what}. "
-        + (f"{run.path / 'last.ckpt'} holds the last good state. " if (run.path / "last.ckpt").exists() else "")
-        + "Lower train.learning_rate, raise train.warmup, or use train.precision 32-true"
-    )
+
+    def diverged(what: str) -> OtcxrError:
+        last = run.path / "last.ckpt"  # there is none before the end of the first epoch
+        kept = f"{last} holds the last good state. " if last.exists() else ""
+        return OtcxrError(
+            f"the training diverged at step {step + 1}: {what}. {kept}"
+            "Lower train.learning_rate, raise train.warmup, or use train.precision 32-true"
+        )
+
     tick = time.perf_counter()
     with _stop_request() as stop, progress.bar("pre-training", total * train.batch_size, "images") as bar:
         while step < total:
@@ -200,16 +204,16 @@ def fit(
                 except ValueError as error:  # the transport refuses costs and masses that are not finite
                     if "nan" not in str(error).lower() and "finite" not in str(error):
                         raise
-                    raise OtcxrError(diverged.format(step=step + 1, what="features are not finite")) from error
+                    raise diverged("features are not finite") from error
                 loss = float(output.loss.detach())
                 if not math.isfinite(loss):
-                    raise OtcxrError(diverged.format(step=step + 1, what=f"the loss is {loss}"))
+                    raise diverged(f"the loss is {loss}")
                 optimizer.zero_grad()
                 fabric.backward(output.loss)
                 clipped = fabric.clip_gradients(module, optimizer, max_norm=train.clip, error_if_nonfinite=False)
                 norm = 0.0 if clipped is None else float(clipped)
                 if not math.isfinite(norm):  # before the step: no weight may take it in
-                    raise OtcxrError(diverged.format(step=step + 1, what=f"the gradient's norm is {norm}"))
+                    raise diverged(f"the gradient's norm is {norm}")
                 optimizer.step()
                 step += 1
                 method.after_step(step / total)
