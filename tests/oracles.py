@@ -87,6 +87,169 @@ def sinkhorn_by_loop(cost, a, b, epsilon, tolerance=1e-12, limit=20_000) -> Slow
     return whole
 
 
+def sinkhorn_by_newton(cost, a, b, epsilon, reach=None) -> SlowTransport:
+    """Balanced or unbalanced transport: epsilon is lowered step by step, each with some sweeps and Newton on the dual,
+
+        maximise  s(f, a) + s(g, b) - eps sum(P),   s(f, a) = <a, f>,  unbalanced  reach <a, 1 - exp(-f / reach)>
+
+    whose slope is what the marginals lack. Rows of the Newton system are divided by their masses, so that vanishing
+    ones do no harm; a step is at most one eps long and is halved until the dual rises or the residual falls.
+    Balanced, f + t and g - t are solutions, too: <a, f> = <b, g> is chosen. The value is summed term by term.
+    """
+    cost, a, b = (np.asarray(x, dtype=np.float64) for x in (cost, a, b))
+    rows, columns = np.flatnonzero(a), np.flatnonzero(b)
+    p, q = a[rows], b[columns]
+    shift = cost[np.ix_(rows, columns)].min() if reach is None else 0.0  # leaves more digits to the exponents
+    c = cost[np.ix_(rows, columns)] - shift
+    f, g, n = np.zeros(len(p)), np.zeros(len(q)), len(p)
+
+    def state(f, g, blur):
+        """Plan, wanted marginals, and the value of the dual."""
+        plan = np.exp((f[:, None] + g[None, :] - c) / blur + np.log(p)[:, None] + np.log(q)[None, :])
+        if reach is None:
+            return plan, p, q, p @ f + q @ g - blur * plan.sum()
+        ends = p * np.exp(-f / reach), q * np.exp(-g / reach)
+        return plan, *ends, reach * (p.sum() + q.sum() - ends[0].sum() - ends[1].sum()) - blur * plan.sum()
+
+    def lacking(plan, wanted_a, wanted_b, _):
+        return np.concatenate([wanted_a - plan.sum(1), wanted_b - plan.sum(0)])
+
+    blur = max(epsilon, float(np.ptp(c)) / 2)
+    while True:
+        keep = 1.0 if reach is None else reach / (reach + blur)
+        for _ in range(10):
+            f = -keep * blur * logsumexp((g[None, :] - c) / blur + np.log(q)[None, :], axis=1)
+            g = -keep * blur * logsumexp((f[:, None] - c) / blur + np.log(p)[:, None], axis=0)
+        now = state(f, g, blur)
+        for _ in range(200):
+            plan, wanted_a, wanted_b, dual = now
+            missing, soft = lacking(*now), 0.0 if reach is None else blur / reach
+            r, s = plan.sum(1) + soft * wanted_a, plan.sum(0) + soft * wanted_b
+            matrix = np.block([[np.eye(n), plan / r[:, None]], [plan.T / s[:, None], np.eye(len(q))]])
+            step = blur * np.linalg.lstsq(matrix, missing / np.concatenate([r, s]), rcond=1e-15)[0]
+            size = min(1.0, blur / np.abs(step).max()) if step.any() else 0.0
+            while size > 1e-6:
+                then = state(f + size * step[:n], g + size * step[n:], blur)
+                fallen = np.abs(lacking(*then)).sum() < np.abs(missing).sum()
+                if fallen or then[3] > dual + 1e-13 * abs(dual):
+                    break
+                size /= 2
+            if size <= 1e-6:
+                break  # there is no digit left to gain
+            f, g, now = f + size * step[:n], g + size * step[n:], then
+        if blur == epsilon:
+            break
+        blur = max(epsilon, 0.7 * blur)
+
+    plan, wanted_a, wanted_b, _ = now
+    residual = max(np.abs(plan.sum(1) - wanted_a).sum(), np.abs(plan.sum(0) - wanted_b).sum())
+    value = (plan * (c + shift)).sum() + epsilon * kl_div(plan, np.outer(p, q)).sum()
+    if reach is None:
+        half = (p @ f - q @ g) / (p.sum() + q.sum())
+        f, g = f - half + shift / 2, g + half + shift / 2
+    else:
+        value += reach * (kl_div(plan.sum(1), p).sum() + kl_div(plan.sum(0), q).sum())
+    whole = SlowTransport(np.zeros(cost.shape), float(value), np.zeros(len(a)), np.zeros(len(b)), float(residual))
+    whole.plan[np.ix_(rows, columns)] = plan
+    whole.f[rows], whole.g[columns] = f, g
+    return whole
+
+
+def sharp_value(slow: SlowTransport, cost, a, b, reach=None) -> float:
+    """<P, C>, and the penalties of the marginals when they are soft; no entropic term."""
+    cost, a, b = (np.asarray(x, dtype=np.float64) for x in (cost, a, b))
+    value = (slow.plan * cost).sum()
+    if reach is not None:
+        value += reach * (kl_div(slow.plan.sum(1), a).sum() + kl_div(slow.plan.sum(0), b).sum())
+    return float(value)
+
+
+def value_gradients(slow: SlowTransport, a, b, epsilon, reach=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of the entropic value in cost, a and b (envelope theorem); 0 where there is no mass."""
+    if reach is None:
+        return slow.plan, slow.f, slow.g
+    a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
+    d_a = reach * (1 - np.exp(-slow.f / reach)) + epsilon * (b.sum() - np.exp(-slow.f / reach))
+    d_b = reach * (1 - np.exp(-slow.g / reach)) + epsilon * (a.sum() - np.exp(-slow.g / reach))
+    return slow.plan, np.where(a > 0, d_a, 0.0), np.where(b > 0, d_b, 0.0)
+
+
+def plan_gradients_by_lstsq(slope, cost, a, b, epsilon, reach=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients in cost, a and b of a function of the plan whose slope in the plan is given.
+
+    Every input is moved alone, and the linearised equations of the plan are solved for the change of f and g:
+
+        dP_ij = P_ij (da_i / a_i + db_j / b_j + (df_i + dg_j - dC_ij) / eps)
+        sum_j dP_ij = da_i          or, unbalanced, d(a_i exp(-f_i / reach)); the columns likewise
+
+    Balanced, mass can only be moved in a and b together: da = e_i goes with db = b, which adds <b, y> to x_i where
+    x and y are the gradients, centred so that <a, x> = <b, y>, which is half of what da = a with db = b gives.
+    """
+    slow = sinkhorn_by_newton(cost, a, b, epsilon, reach)
+    assert slow.residual <= 1e-12, slow.residual
+    a, b, slope = (np.asarray(x, dtype=np.float64) for x in (a, b, slope))
+    rows, columns = np.flatnonzero(a), np.flatnonzero(b)
+    here = np.ix_(rows, columns)
+    p, q, f, g, plan = a[rows], b[columns], slow.f[rows], slow.g[columns], slow.plan[here]
+    n, m = plan.shape
+    r, c = plan.sum(1), plan.sum(0)
+    weights = slope[here] * plan
+
+    soft = 0.0 if reach is None else 1 / reach
+    matrix = np.block([[np.diag(r * (1 / epsilon + soft)), plan / epsilon],
+                       [plan.T / epsilon, np.diag(c * (1 / epsilon + soft))]])  # fmt: skip
+    scale = 1 / np.concatenate([r, c])[:, None]  # every equation in parts of its own mass
+
+    def change(d_a, d_b, d_cost):
+        """Changes of the function for columns of changes: (n, K), (m, K), (n, m, K)."""
+        fixed = d_a[:, None] / p[:, None, None] + d_b[None] / q[None, :, None] - d_cost / epsilon  # dP / P so far
+        wanted_a = d_a if reach is None else np.exp(-f / reach)[:, None] * d_a
+        wanted_b = d_b if reach is None else np.exp(-g / reach)[:, None] * d_b
+        moved = plan[..., None] * fixed
+        right = np.concatenate([wanted_a - moved.sum(1), wanted_b - moved.sum(0)])
+        potentials = np.linalg.lstsq(scale * matrix, scale * right, rcond=1e-15)[0]
+        d_f, d_g = potentials[:n, None], potentials[None, n:]
+        return np.einsum("ij,ijk->k", weights, fixed + (d_f + d_g) / epsilon)
+
+    count, nothing = n * m, np.zeros
+    d_cost = change(nothing((n, count)), nothing((m, count)), np.eye(count).reshape(n, m, count))
+    still = nothing((n, m, n + m))
+    if reach is None:
+        d_a = np.hstack([np.eye(n), np.repeat(p[:, None], m, 1)])
+        d_b = np.hstack([np.repeat(q[:, None], n, 1), np.eye(m)])
+        d_masses = change(d_a, d_b, still) - change(p[:, None], q[:, None], still[..., :1]) / 2
+    else:
+        d_masses = change(np.eye(n, n + m), np.eye(m, n + m, n), still)
+    whole = np.zeros(slow.plan.shape), np.zeros(len(a)), np.zeros(len(b))
+    whole[0][here], whole[1][rows], whole[2][columns] = d_cost.reshape(n, m), d_masses[:n], d_masses[n:]
+    return whole
+
+
+def sharp_gradients_by_lstsq(cost, a, b, epsilon, reach=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of ``sharp_value``: through the plan, and where cost, a and b stand in the formula themselves."""
+    cost, a, b = (np.asarray(x, dtype=np.float64) for x in (cost, a, b))
+    slow = sinkhorn_by_newton(cost, a, b, epsilon, reach)
+    if reach is None:
+        d_cost, d_a, d_b = plan_gradients_by_lstsq(cost, cost, a, b, epsilon)
+        return d_cost + slow.plan, d_a, d_b
+    ratio_a = np.divide(slow.plan.sum(1), a, out=np.ones_like(a), where=a > 0)
+    ratio_b = np.divide(slow.plan.sum(0), b, out=np.ones_like(b), where=b > 0)
+    slope = cost + reach * (np.log(ratio_a)[:, None] + np.log(ratio_b)[None, :])
+    d_cost, d_a, d_b = plan_gradients_by_lstsq(slope, cost, a, b, epsilon, reach)
+    return d_cost + slow.plan, d_a + reach * (1 - ratio_a), d_b + reach * (1 - ratio_b)
+
+
+def gaussian_entropic_value(mean_a, deviation_a, mean_b, deviation_b, epsilon) -> float:
+    """Entropic transport between two Gaussians on the line with cost (x - y)^2.
+
+    Source: Janati, Muzellec, Peyre, Cuturi, NeurIPS 2020, arXiv:2006.02572, theorem 1 with epsilon = 2 sigma^2.
+    """
+    half = epsilon / 2
+    root = np.sqrt(4 * deviation_a**2 * deviation_b**2 + half**2)
+    bures = deviation_a**2 + deviation_b**2 - root + half * (1 - np.log(2 * half)) + half * np.log(root + half)
+    return float((mean_a - mean_b) ** 2 + bures)
+
+
 def cosine_cost_by_loops(x, y) -> np.ndarray:
     """One minus the cosine of every pair; a zero vector has cosine 0 with everything."""
     out = np.ones((len(x), len(y)))

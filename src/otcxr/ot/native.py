@@ -1,0 +1,110 @@
+"""The solver for the CPU: compiled kernels (``kernels``), and threads that take problems from a common queue.
+
+Problems share nothing, so the threads take them in small lots and wait for nobody: no barriers, so a busy neighbour on
+a core costs its share and no more, and no threading layer of numba that a fork could break.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otcxr.ot import kernels
+from otcxr.ot.problem import Solution
+
+__all__ = ["implicit", "solve", "solve_sharp"]
+
+_solve_lot: Callable[..., None] = kernels.solve_lot
+_implicit_lot: Callable[..., None] = kernels.implicit_lot
+_LOT_BYTES = 256 * 1024  # of cost that a thread takes from the queue at a time
+
+
+@cache
+def _pool(process: int, workers: int) -> ThreadPoolExecutor:
+    """Threads of this process: after a fork there are none, and a new pool is made."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="otcxr-ot")
+
+
+def _share(count: int, size: int, work: Callable[[int, int], None]) -> None:
+    """Call ``work(start, stop)`` over ``count`` problems of ``size`` bytes, on as many threads as torch uses."""
+    step = max(1, _LOT_BYTES // max(1, size))
+    starts = itertools.count(0, step)  # next() is atomic: whoever is free takes the next lot
+
+    def run() -> None:
+        for start in starts:
+            if start >= count:
+                return
+            work(start, min(start + step, count))
+
+    others = min(torch.get_num_threads(), -(-count // step)) - 1
+    waiting = [_pool(os.getpid(), others).submit(run) for _ in range(others)] if others > 0 else []
+    run()
+    for other in waiting:
+        other.result()
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().numpy()
+
+
+def _solve(
+    cost: Tensor, a: Tensor, b: Tensor, epsilon: float, reach: float | None, max_iterations: int, tolerance: float,
+    sharp: bool,
+) -> tuple[Solution, Tensor, Tensor, Tensor]:  # fmt: skip
+    out = Solution(
+        torch.empty(cost.shape, dtype=cost.dtype), torch.empty_like(a), torch.empty_like(b),
+        cost.new_empty(len(cost)), torch.zeros(len(cost), dtype=torch.int64),
+    )  # fmt: skip
+    extra = (
+        (torch.empty(cost.shape, dtype=cost.dtype), torch.empty_like(a), torch.empty_like(b))
+        if sharp
+        else (cost.new_empty(1, 1, 1), cost.new_empty(1, 1), cost.new_empty(1, 1))
+    )
+    given = [_array(x) for x in (cost, a, b)]
+    results, gradients = [x.numpy() for x in out], [x.numpy() for x in extra]
+
+    def work(start: int, stop: int) -> None:
+        _solve_lot(start, stop, *given, epsilon, reach or 0.0, max_iterations, tolerance, *results, sharp, *gradients)
+
+    _share(len(cost), cost.shape[1] * cost.shape[2] * cost.element_size(), work)
+    return out, *extra
+
+
+def solve(
+    cost: Tensor, a: Tensor, b: Tensor, epsilon: float, reach: float | None, max_iterations: int, tolerance: float
+) -> Solution:
+    """Solve (B, n, m) problems on the CPU. See ``otcxr.ot.sinkhorn`` for the meaning of the arguments."""
+    return _solve(cost, a, b, epsilon, reach, max_iterations, tolerance, False)[0]
+
+
+def solve_sharp(
+    cost: Tensor, a: Tensor, b: Tensor, epsilon: float, reach: float | None, max_iterations: int, tolerance: float
+) -> tuple[Solution, Tensor, Tensor, Tensor]:
+    """Solve, and with each plan still in the cache the implicit system for G = C - f - g.
+
+    Returns: the solution, P (1 + (x + y - G) / epsilon) (B, n, m), x (B, n), y (B, m).
+    """
+    return _solve(cost, a, b, epsilon, reach, max_iterations, tolerance, True)
+
+
+def implicit(plan: Tensor, gradient: Tensor, epsilon: float, kappa: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivative through the plan: P (x + y - G) / epsilon, x, y for the gradient G in the plan.
+
+    [(1 + kappa) diag(r), P; P^T, (1 + kappa) diag(c)] (x, y) = (W 1, W^T 1),   W = G * P,  r = P 1,  c = P^T 1
+    """
+    batch, n, m = plan.shape
+    out = torch.empty(plan.shape, dtype=plan.dtype), plan.new_empty(batch, n), plan.new_empty(batch, m)
+    given, results = [_array(plan), _array(gradient)], [x.numpy() for x in out]
+    _share(
+        batch,
+        n * m * plan.element_size(),
+        lambda start, stop: _implicit_lot(start, stop, *given, epsilon, kappa, *results),
+    )
+    return out

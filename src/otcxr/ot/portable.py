@@ -1,0 +1,351 @@
+"""The solver in plain PyTorch, for any device: batches of row-vector products, converged problems leave the batch.
+
+    K = exp((f0 + g0 - C) / epsilon)            formed once, and again when the scalings get too large
+    s = 1 / (K v),   u = a s                    rows     (s = (K v)^-lambda exp(-(1 - lambda) f0 / epsilon) with reach)
+    w = 1 / (K^T u), v = b w                    columns  (the same with g0)
+    P = u K v,   f = f0 + epsilon ln s,   g = g0 + epsilon ln w
+
+Problems that would creep are finished by Newton's method on the columns: h = b - P^T 1 is removed by v <- v exp(t y),
+S y = h, S = diag(c) - P^T diag(1/r) P in float64. A range of the cost above 40 epsilon is reached by halving epsilon.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from otcxr.ot.problem import Solution
+
+__all__ = ["implicit", "solve"]
+
+_CHUNK_BYTES = 2 * 1024 * 1024  # of cost worked on at once on a CPU: kernel and transposed kernel stay in its cache
+_BLOCK = 5  # iterations between two looks at the errors
+_TINY = 1e-37
+_WIDTH = 40.0  # range of cost / epsilon that a kernel in single precision holds
+
+
+def solve(
+    cost: Tensor, a: Tensor, b: Tensor, epsilon: float, reach: float | None, max_iterations: int, tolerance: float
+) -> Solution:
+    """Solve (B, n, m) problems. See ``otcxr.ot.sinkhorn`` for the meaning of the arguments."""
+    batch = cost.shape[0]
+    out = Solution(
+        torch.empty_like(cost, memory_format=torch.contiguous_format), torch.empty_like(a), torch.empty_like(b),
+        cost.new_empty(batch), torch.zeros(batch, dtype=torch.int64, device=cost.device),
+    )  # fmt: skip
+    size = cost.shape[1] * cost.shape[2] * cost.element_size()
+    step = max(1, _CHUNK_BYTES // size) if cost.device.type == "cpu" else max(batch, 1)
+    for start in range(0, batch, step):
+        part = slice(start, start + step)
+        _solve_chunk(
+            cost[part], a[part], b[part], epsilon, reach, max_iterations, tolerance, Solution(*(x[part] for x in out))
+        )
+    return out
+
+
+def _solve_chunk(
+    cost: Tensor, a: Tensor, b: Tensor, epsilon: float, reach: float | None, budget: int, tolerance: float,
+    out: Solution,
+) -> None:  # fmt: skip
+    """Solve those with a moderate range of the cost at once and the others by coming down in epsilon."""
+    present = (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2)
+    if not present.all():  # what stands at absent positions must not matter, and 0 mass takes care of the rest
+        middle = cost.where(present, 0.0).sum((-1, -2), keepdim=True) / present.sum((-1, -2), keepdim=True)
+        cost = cost.where(present, middle)
+    width = cost.amax((-1, -2)) - cost.amin((-1, -2))
+    hard = width > _WIDTH * epsilon
+    for wanted in (False, True):
+        at = (hard if wanted else ~hard).nonzero().squeeze(-1)
+        if len(at) == 0:
+            continue
+        whole = len(at) == len(cost)
+        given = (cost, a, b) if whole else (cost[at], a[at], b[at])
+        batch = _Batch(*given, reach, tolerance, out if whole else None)
+        batch.solve(epsilon, float(width[at].max()) if wanted else 0.0, budget)
+        if not whole:
+            for target, part in zip(out, batch.out, strict=True):
+                target[at] = part
+
+
+class _Batch:
+    """Problems that are iterated together. ``at`` says which of them are still in the arrays."""
+
+    def __init__(
+        self, cost: Tensor, a: Tensor, b: Tensor, reach: float | None, tolerance: float, out: Solution | None
+    ) -> None:
+        count = len(cost)
+        self.cost, self.a, self.b, self.reach, self.tolerance = cost, a, b, reach, tolerance
+        self.out = out or Solution(
+            torch.empty_like(cost), torch.empty_like(a), torch.empty_like(b), cost.new_empty(count),
+            torch.zeros(count, dtype=torch.int64, device=cost.device),
+        )  # fmt: skip
+        self.at = torch.arange(count, device=cost.device)
+        self.g0 = torch.zeros_like(b)
+
+    def solve(self, epsilon: float, width: float, budget: int) -> None:
+        """Come down in epsilon as far as the range of the cost asks for; then until all are within tolerance."""
+        start = width / _WIDTH
+        levels = min(1 + math.ceil(math.log2(start / epsilon)), budget) if start > epsilon else 1
+        spent = 0
+        for level in range(levels - 1, -1, -1):
+            if level < levels - 1:
+                self.g0 = self._g()
+            self._enter(epsilon * 2.0**level)
+            if level > 0:
+                spent += self._run(max(1, min(40, budget - spent - level)), 0.02, spent, last=False)
+            else:
+                self._run(budget - spent, self.tolerance, spent, last=True)
+
+    # --- state at one epsilon ---
+
+    def _enter(self, epsilon: float) -> None:
+        self.epsilon = epsilon
+        self.kappa = 0.0 if self.reach is None else epsilon / self.reach
+        self.shrink = 1 / (1 + self.kappa)
+        if self.reach is not None:
+            for _ in range(2):
+                self.f0 = _soft_minimum(self.cost, self.g0, self.b, epsilon) * self.shrink
+                self.g0 = _soft_minimum(self.cost.mT, self.f0, self.a, epsilon) * self.shrink
+        self._form()
+
+    def _form(self) -> None:
+        """Kernel from g0; f0 is the largest value of every row (balanced), or its exact update (with reach)."""
+        exponent = self.g0.unsqueeze(-2) - self.cost
+        if self.reach is None:
+            self.f0 = -exponent.amax(-1)
+        else:
+            self.f0 = _soft_minimum(self.cost, self.g0, self.b, self.epsilon) * self.shrink
+        self.kernel = exponent.add_(self.f0.unsqueeze(-1)).div_(self.epsilon).clamp_max_(80.0).exp_()
+        self.transposed = self.kernel.mT.contiguous()
+        self.w, self.v = torch.ones_like(self.b), self.b.clone()
+
+    def _g(self) -> Tensor:
+        return self.g0 + self.epsilon * self.w.clamp_min(_TINY).log()
+
+    def _rows(self) -> None:
+        """One half iteration: s and u from v, and c = K^T u."""
+        self.s = self._scaling(_products(self.v, self.transposed), self.f0)
+        self.u = self.a * self.s
+        self.c = _products(self.u, self.kernel)
+
+    def _columns(self) -> None:
+        self.w = self._scaling(self.c, self.g0)
+        self.v = self.b * self.w
+
+    def _scaling(self, d: Tensor, potential: Tensor) -> Tensor:
+        if self.reach is None:
+            return (d + _TINY).reciprocal()
+        power = -self.shrink * d.clamp_min(_TINY).log() - (1 - self.shrink) / self.epsilon * potential
+        return power.clamp(-40, 40).exp()
+
+    def _missing(self) -> Tensor:
+        """What every column lacks, and with it the L1 error when summed."""
+        wanted = self.b if self.reach is None else self.b * (-self._g() / self.reach).exp()
+        return wanted - self.v * self.c
+
+    # --- iterations ---
+
+    def _run(self, budget: int, tolerance: float, before: int, *, last: bool) -> int:
+        """Iterate until all are within tolerance; the last run writes the solutions. Returns the iterations spent."""
+        spent = 0
+        alive = torch.ones(len(self.at), dtype=torch.bool, device=self.cost.device)
+        n, m = self.cost.shape[-2:]
+        patience = 2.5 * (m / 4 + m * m / n) + 20  # iterations that a few Newton steps are worth here
+        previous = best = None
+        stuck = 0
+        newton = False
+        while True:
+            if newton:
+                spent += self._newton(budget - spent)
+            else:
+                for _ in range(min(_BLOCK, budget - spent)):
+                    if spent > 0:
+                        self._columns()
+                    self._rows()
+                    spent += 1
+            error = self._missing().abs().sum(-1)
+            done = alive & (error <= tolerance)
+            worst = float(error.where(alive, 0.0).max())
+            over = spent >= budget or not worst > tolerance
+            if best is not None and newton and not worst < 0.7 * best:
+                # what neither iterations nor Newton's method improve any more is at the end of the precision
+                stuck += 1
+                over = over or (stuck > 8 and worst < 1e3 * m * torch.finfo(error.dtype).eps)
+            if not last:
+                if over:
+                    return spent
+            else:
+                self._give(alive if over else done, error, before + spent)
+                if over:
+                    return spent
+                alive &= ~done
+                if int(alive.sum()) <= 0.6 * len(alive):
+                    self._keep(alive)
+                    error = error[alive]
+                    alive = torch.ones(len(self.at), dtype=torch.bool, device=self.cost.device)
+                    previous = None
+            # how long would the worst problem take at the rate of the last block?
+            improved = previous is not None and worst < 0.9 * previous
+            if newton:
+                newton = improved or previous is None
+            elif previous is not None:
+                rate = math.log(worst / previous) / _BLOCK if 0 < worst < previous else 0.0
+                newton = rate == 0.0 or math.log(tolerance / worst) / rate > patience
+            best = worst if best is None else min(best, worst)
+            previous = worst
+            limit = 1e12
+            if not newton and spent % (2 * _BLOCK) == 0 and self._too_large(limit):
+                self.g0 = self._g()
+                self._form()
+                self._rows()
+                spent += 1
+
+    def _too_large(self, limit: float) -> bool:
+        extreme = [((x > limit) | (x < 1 / limit)).any() for x in (self.s, self.w)]
+        return bool(extreme[0] | extreme[1])
+
+    def _keep(self, alive: Tensor) -> None:
+        names = ("cost", "a", "b", "g0", "f0", "kernel", "transposed", "w", "v", "s", "u", "c", "at")
+        for name in names:
+            setattr(self, name, getattr(self, name)[alive])
+
+    def _give(self, which: Tensor, error: Tensor, spent: int) -> None:
+        """Write the solution of some of the problems to their places."""
+        if not which.any():
+            return
+        whole = bool(which.all()) and len(self.at) == len(self.out.residual)
+
+        def pick(x: Tensor) -> Tensor:
+            return x if whole else x[which]
+
+        at = slice(None) if whole else self.at[which]
+        u, v, a = pick(self.u), pick(self.v), pick(self.a)
+        plan = pick(self.kernel) * u.unsqueeze(-1)
+        plan *= v.unsqueeze(-2)
+        f = pick(self.f0) + self.epsilon * pick(self.s).clamp_min(_TINY).log()
+        wanted = a if self.reach is None else a * (-f / self.reach).exp()
+        self.out.plan[at] = plan
+        self.out.f[at] = f
+        self.out.g[at] = pick(self._g())
+        self.out.residual[at] = torch.maximum(pick(error), (wanted - plan.sum(-1)).abs().sum(-1))
+        self.out.iterations[at] = spent
+
+    def _newton(self, budget: int) -> int:
+        """One damped Newton step on the columns of all problems. Returns the passes it took."""
+        missing = self._missing()
+        error = missing.abs().sum(-1)
+        mass = self.v * self.c
+        plan = self.kernel * self.u.unsqueeze(-1) * self.v.unsqueeze(-2)
+        ground = self.kappa * (missing + mass) + mass * (self.kappa / (1 + self.kappa))
+        y = _solve_graph(plan, ground, missing, 1 + self.kappa).to(plan.dtype)
+        if self.reach is None:
+            y = y - (self.b * y).sum(-1, keepdim=True)
+        y = y.where(self.b > 0, 0.0)
+        step = (10.0 / y.abs().amax(-1).clamp_min(10.0)).unsqueeze(-1)
+        v, w = self.v, self.w
+        waiting = torch.ones_like(error, dtype=torch.bool)
+        factor = torch.ones_like(v)
+        spent = 0
+        while spent < min(budget, 8):
+            factor = torch.where(waiting.unsqueeze(-1), (step * y).exp(), factor)
+            self.v, self.w = v * factor, w * factor
+            self._rows()
+            spent += 1
+            waiting = self._missing().abs().sum(-1) > error * (1 - 0.25 * step.squeeze(-1))
+            if not waiting.any():
+                break
+            step = torch.where(waiting.unsqueeze(-1), 0.4 * step, step)
+        if waiting.any():  # no step helped: leave those as they were, and iterate on
+            factor = factor.where(~waiting.unsqueeze(-1), 1.0)
+            self.v, self.w = v * factor, w * factor
+            self._rows()
+        return spent
+
+
+def _products(x: Tensor, matrices: Tensor) -> Tensor:
+    """Row vectors times matrices, (B, k) and (B, k, l) -> (B, l): much faster than column vectors here."""
+    return torch.bmm(x.unsqueeze(1), matrices).squeeze(1)
+
+
+def _soft_minimum(cost: Tensor, potential: Tensor, mass: Tensor, epsilon: float) -> Tensor:
+    """-epsilon ln sum_j mass_j exp((potential_j - cost_ij) / epsilon), the exact update of the other potential."""
+    return -epsilon * torch.logsumexp((potential.unsqueeze(-2) - cost) / epsilon + mass.log().unsqueeze(-2), dim=-1)
+
+
+def _solve_graph(plan: Tensor, ground: Tensor, h: Tensor, grow: float) -> Tensor:
+    """Solve S y = h with S = diag(c grow) - P^T diag(1 / (grow r)) P, in float64.
+
+    S is the Laplacian of a graph with weights sum_i P_ij P_ik / (grow r_i) and ``ground`` at the nodes; its diagonal
+    is formed from the weights, so that no digits are lost where they are small.
+    """
+    plan, ground, h = plan.double(), ground.double(), h.double()
+    rows = plan.sum(-1, keepdim=True).mul_(grow).clamp_min_(1e-300)
+    weights = (plan / rows).mT @ plan
+    weights.diagonal(dim1=-2, dim2=-1).zero_()
+    diagonal = weights.sum(-1) + ground
+    mean = diagonal.mean(-1, keepdim=True).clamp_min(1e-300)
+    # absent columns have no edges; a little ground fixes the free constant, which y does not feel: h adds up to 0
+    diagonal = diagonal * (1 + 1e-12) + torch.where(diagonal > 0, 1e-13 * mean, mean)
+    system = weights.neg_()
+    system.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    scale = diagonal.rsqrt()
+    system = system * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    factor, _ = torch.linalg.cholesky_ex(system)
+    y = torch.cholesky_solve((h * scale).unsqueeze(-1), factor).squeeze(-1) * scale
+    return y.nan_to_num(0.0, 0.0, 0.0)
+
+
+def implicit(plan: Tensor, gradient: Tensor, epsilon: float, kappa: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivative through the plan: P (x + y - G) / epsilon, x, y for the gradient G in the plan.
+
+        [(1 + kappa) diag(r), P; P^T, (1 + kappa) diag(c)] (x, y) = (W 1, W^T 1),   W = G * P,  r = P 1,  c = P^T 1
+
+    r and c are the plan's own marginals: with the wanted ones the system is indefinite as long as they differ. G is
+    shifted in every row by its value at the row's largest entry, first: where the plan is nearly a permutation the
+    right-hand side is a small difference of large numbers otherwise.
+    """
+    grow = 1 + kappa
+    r, c = plan.sum(-1), plan.sum(-2)
+    shift = gradient.gather(-1, plan.argmax(-1, keepdim=True))
+    shifted = gradient - shift
+    inner = grow * r
+    x = _ratio((shifted * plan).sum(-1), inner)
+    level = x - shift.squeeze(-1) * (1 - 1 / grow)
+    h = ((shifted - level.unsqueeze(-1)) * plan).sum(-2)
+    y = _conjugate_gradients(plan, inner, c, h, kappa)
+    x = x - _ratio((plan @ y.unsqueeze(-1)).squeeze(-1), inner) + shift.squeeze(-1) / grow
+    x = x.where(r > 0, 0.0)
+    d_cost = (x.unsqueeze(-1) + y.unsqueeze(-2)).sub_(gradient).mul_(plan).div_(epsilon)
+    return d_cost, x, y
+
+
+def _ratio(x: Tensor, y: Tensor) -> Tensor:
+    return torch.where(y > 0, x / y.where(y > 0, 1.0), 0.0)
+
+
+def _conjugate_gradients(plan: Tensor, inner: Tensor, c: Tensor, h: Tensor, kappa: float) -> Tensor:
+    """Solve the Schur complement for y; what does not converge soon is solved directly."""
+    grow = 1 + kappa
+    outer = grow * c
+    transposed = plan.mT.contiguous()
+    y, residual, p = torch.zeros_like(h), h.clone(), _ratio(h, outer)
+    rho = (h * p).sum(-1)
+    goal = rho * (50 * torch.finfo(h.dtype).eps) ** 2
+    for step in range(40):
+        image = outer * p - _products(_ratio(_products(p, transposed), inner), plan)
+        alpha = _ratio(rho, (image * p).sum(-1)).unsqueeze(-1)
+        y = y + alpha * p
+        residual = residual - alpha * image
+        z = _ratio(residual, outer)
+        after = (residual * z).sum(-1)
+        if step % 5 == 4 and not (after > goal).any():
+            return y
+        p = z + _ratio(after, rho).unsqueeze(-1) * p
+        rho = after
+    at = (~(after <= goal)).nonzero().squeeze(-1)
+    if len(at):
+        ground = c[at] * (kappa * (2 + kappa) / grow)
+        y[at] = _solve_graph(plan[at], ground, h[at], grow).to(y.dtype)
+    return y
