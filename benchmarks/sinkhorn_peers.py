@@ -415,7 +415,8 @@ def _solve_one(
         g = -current * logsumexp((f[:, None] - cost) / current + log_a[:, None], axis=0)
 
     def state(f: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-        plan = np.exp((f[:, None] + g[None, :] - cost) / epsilon + log_a[:, None] + log_b[None, :])
+        with np.errstate(over="ignore", invalid="ignore"):  # a Newton step that is too long; it is halved
+            plan = np.exp((f[:, None] + g[None, :] - cost) / epsilon + log_a[:, None] + log_b[None, :])
         rows, columns = a - plan.sum(1), b - plan.sum(0)
         return plan, rows, columns, max(float(np.abs(rows).sum()), float(np.abs(columns).sum()))
 

@@ -124,7 +124,7 @@ def sinkhorn_by_newton(cost, a, b, epsilon, reach=None) -> SlowTransport:
         for _ in range(200):
             plan, wanted_a, wanted_b, dual = now
             missing, soft = lacking(*now), 0.0 if reach is None else blur / reach
-            r, s = plan.sum(1) + soft * wanted_a, plan.sum(0) + soft * wanted_b
+            r, s = plan.sum(1) + soft * wanted_a + 1e-300, plan.sum(0) + soft * wanted_b + 1e-300
             matrix = np.block([[np.eye(n), plan / r[:, None]], [plan.T / s[:, None], np.eye(len(q))]])
             step = blur * np.linalg.lstsq(matrix, missing / np.concatenate([r, s]), rcond=1e-15)[0]
             size = min(1.0, blur / np.abs(step).max()) if step.any() else 0.0
@@ -208,8 +208,8 @@ def plan_gradients_by_lstsq(slope, cost, a, b, epsilon, reach=None) -> tuple[np.
         moved = plan[..., None] * fixed
         right = np.concatenate([wanted_a - moved.sum(1), wanted_b - moved.sum(0)])
         potentials = np.linalg.lstsq(scale * matrix, scale * right, rcond=1e-15)[0]
-        d_f, d_g = potentials[:n, None], potentials[None, n:]
-        return np.einsum("ij,ijk->k", weights, fixed + (d_f + d_g) / epsilon)
+        through = weights.sum(1) @ potentials[:n] + weights.sum(0) @ potentials[n:]
+        return np.tensordot(weights, fixed) + through / epsilon
 
     count, nothing = n * m, np.zeros
     d_cost = change(nothing((n, count)), nothing((m, count)), np.eye(count).reshape(n, m, count))

@@ -9,16 +9,33 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch.autograd import gradcheck
 
 from oracles import cosine_cost_by_loops, sinkhorn_by_loop
-from otcxr.ot import Transport, cosine_cost, entropy, sinkhorn
+from otcxr import ot
+from otcxr.ot import Transport, backends, cosine_cost, entropy
 
 torch.set_num_threads(1)
-fixed = settings(derandomize=True, database=None, deadline=None, max_examples=150)
+fixed = settings(
+    derandomize=True, database=None, deadline=None, max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+CHOSEN = {"backend": None}
+
+
+@pytest.fixture(autouse=True, params=backends())
+def backend(request, monkeypatch):
+    """Every test of this file runs once with every back end."""
+    monkeypatch.setitem(CHOSEN, "backend", request.param)
+
+
+def sinkhorn(*arguments, **options):
+    return ot.sinkhorn(*arguments, **CHOSEN, **options)
+
+
 TIGHT = {"tolerance": 1e-12, "max_iterations": 20_000}
 
 
@@ -198,11 +215,13 @@ def test_not_converging_is_flagged_not_hidden():
     assert all(x.isfinite().all() for x in (*out, *gradients))
 
 
-def test_only_the_value_carries_a_gradient_and_only_once():
+@pytest.mark.parametrize("objective", ["value", "sharp"])
+@pytest.mark.parametrize("of", ["value", "plan"])
+def test_value_and_plan_carry_gradients_and_only_once(objective, of):
     cost, a, b = (x.requires_grad_() for x in problem())
-    out = sinkhorn(cost, a, b, epsilon=0.2)
-    assert {name for name in Transport._fields if getattr(out, name).requires_grad} == {"value"}
-    gradients = torch.autograd.grad(out.value, (cost, a, b), create_graph=True)
+    out = sinkhorn(cost, a, b, epsilon=0.2, objective=objective)
+    assert {name for name in Transport._fields if getattr(out, name).requires_grad} == {"plan", "value"}
+    gradients = torch.autograd.grad(getattr(out, of).square().sum(), (cost, a, b), create_graph=True)
     for gradient in gradients:
         with pytest.raises(RuntimeError, match="sinkhorn can be differentiated once"):
             (gradient.square().sum() + cost.square().sum()).backward(retain_graph=True)
@@ -408,12 +427,12 @@ def test_strided_tensors():
     spread_b = torch.stack((a, b), -1)[..., 1]
     assert not wide.is_contiguous()
     assert not spread_a.is_contiguous()
-    expected = solve_with_gradients(cost, a, b, epsilon=0.1)
-    got = sinkhorn(wide, spread_a, spread_b, epsilon=0.1)
-    for name in Transport._fields:
-        close(getattr(got, name), getattr(expected[0], name), atol=1e-12)
-    broadcast = sinkhorn(cost[:1].expand(4, 6, 6), a[:1].expand(4, 6), b[:1].expand(4, 6), epsilon=0.1)
-    close(broadcast.value, expected[0].value[:1].expand(4), atol=1e-12)
+    expected = solve_with_gradients(cost, a, b, epsilon=0.1, **TIGHT)
+    got = sinkhorn(wide, spread_a, spread_b, epsilon=0.1, **TIGHT)
+    for name in ("plan", "value", "f", "g", "residual"):
+        close(getattr(got, name), getattr(expected[0], name), atol=1e-9)
+    broadcast = sinkhorn(cost[:1].expand(4, 6, 6), a[:1].expand(4, 6), b[:1].expand(4, 6), epsilon=0.1, **TIGHT)
+    close(broadcast.value, expected[0].value[:1].expand(4), atol=1e-9)
 
 
 def test_inputs_are_left_alone():
@@ -452,7 +471,7 @@ def test_any_small_problem(drawn):
         close(out.plan, slow.plan, atol=1e-6)
     close(out.plan.sum(-1), a, atol=1e-8)
     close(out.plan.sum(-2), b, atol=1e-8)
-    assert (out.plan.numpy()[a == 0] == 0).all()
+    assert (out.plan.detach().numpy()[a == 0] == 0).all()
     single = sinkhorn(*(torch.tensor(x, dtype=torch.float32) for x in (cost, a, b)), epsilon=epsilon)
     assert all(x.isfinite().all() for x in single)
     if single.converged:
@@ -491,13 +510,17 @@ def with_entry(tensor, place, value):
         ((COST, None, HALF * 0), {}, r"b must .*sum to 1.*sample 0 .*sum 0"),
         ((COST, None, with_entry(HALF, 1, torch.tensor([1.5, -0.5]))), {}, r"non-negative.*sample 1 has minimum -0\.5"),
         ((COST, None, with_entry(HALF, (2, 1), float("nan"))), {}, r"b must .*sample 2 .*nan"),
-        ((COST,), {"objective": "sharp"}, r"objective='sharp' is not available: expected 'value'"),
-        ((COST,), {"reach": 0.5}, r"reach=0\.5 is not available: only None"),
+        ((COST,), {"objective": "plan"}, r"objective must be 'value' or 'sharp', received 'plan'"),
+        ((COST,), {"reach": 0.0}, r"reach must be > 0, or None for exact marginals; received 0\.0"),
+        ((COST,), {"reach": float("nan")}, r"reach must be > 0.*received nan"),
+        ((with_entry(COST, (2, 0, 1), -0.6),), {"reach": 0.5}, r"at least -reach = -0\.5 .*sample 2 holds -0\.6"),
+        ((COST, None, HALF * 0), {"reach": 0.5}, r"b must .*positive, finite sum.*sample 0 .*sum 0"),
+        ((COST,), {"backend": "fast"}, r"backend must be one of portable, native, triton or None, received 'fast'"),
     ],
 )
 def test_mistakes_are_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):
-        sinkhorn(*arguments, **options)
+        ot.sinkhorn(*arguments, **CHOSEN | options)
 
 
 # --- cosine cost and entropy -----------------------------------------------------------------------------------------
@@ -586,4 +609,5 @@ def test_entropy_gradient_is_finite_where_there_is_no_mass():
 def test_ot_needs_nothing_else_of_otcxr():
     code = "import sys, otcxr.ot; print(*sorted(m for m in sys.modules if m.startswith('otcxr')))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert set(loaded) <= {"otcxr", "otcxr.version", "otcxr.ot", "otcxr.ot.costs", "otcxr.ot.sinkhorn"}
+    assert {name for name in loaded if not name.startswith("otcxr.ot")} <= {"otcxr", "otcxr.version"}
+    assert not {"otcxr.ot.kernels", "otcxr.ot.gpu"} & set(loaded), "compilers are loaded when they are needed"

@@ -160,9 +160,37 @@ def _total(x):
 
 
 @triton.jit
-def _excess(cost, at, here, low):
-    """Load the cost above its minimum; 0 where there is no mass."""
-    return tl.where(here, tl.load(cost + at, mask=here, other=0.0) - low, 0.0)
+def _place(start, n, m, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the elements of a block are in a matrix, and which of them are inside it, (columns / 8 * rows, 8)."""
+    line = tl.arange(0, COLUMNS // _LANES * ROWS)[:, None]
+    row, column = start + line % ROWS, line // ROWS * _LANES + tl.arange(0, _LANES)[None, :]
+    return row * m + column, (row < n) & (column < m)
+
+
+@triton.jit
+def _load(matrix, start, n, m, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load the rows from ``start`` as a block; 0 outside the matrix."""
+    at, inside = _place(start, n, m, ROWS, COLUMNS)
+    return tl.reshape(tl.load(matrix + at, mask=inside, other=0.0), [COLUMNS // _LANES, ROWS, _LANES])
+
+
+@triton.jit
+def _store(matrix, block, start, n, m, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store a block as the rows from ``start``."""
+    at, inside = _place(start, n, m, ROWS, COLUMNS)
+    tl.store(matrix + at, tl.reshape(block, [COLUMNS // _LANES * ROWS, _LANES]), mask=inside)
+
+
+@triton.jit
+def _on_rows(x):
+    """Spread one number per row over a block."""
+    return x[:, None][None, :, :]
+
+
+@triton.jit
+def _on_columns(x):
+    """Spread one number per column over a block."""
+    return x[:, None, :]
 
 
 @triton.jit

@@ -240,8 +240,6 @@ class _Batch:
         plan = self.kernel * self.u.unsqueeze(-1) * self.v.unsqueeze(-2)
         ground = self.kappa * (missing + mass) + mass * (self.kappa / (1 + self.kappa))
         y = _solve_graph(plan, ground, missing, 1 + self.kappa).to(plan.dtype)
-        if self.reach is None:
-            y = y - (self.b * y).sum(-1, keepdim=True)
         y = y.where(self.b > 0, 0.0)
         step = (10.0 / y.abs().amax(-1).clamp_min(10.0)).unsqueeze(-1)
         v, w = self.v, self.w
@@ -261,6 +259,10 @@ class _Batch:
             factor = factor.where(~waiting.unsqueeze(-1), 1.0)
             self.v, self.w = v * factor, w * factor
             self._rows()
+        if spent < budget:  # columns with next to no mass do not count in S; an iteration finds their potential
+            self._columns()
+            self._rows()
+            spent += 1
         return spent
 
 
@@ -278,9 +280,13 @@ def _solve_graph(plan: Tensor, ground: Tensor, h: Tensor, grow: float) -> Tensor
     """Solve S y = h with S = diag(c grow) - P^T diag(1 / (grow r)) P, in float64.
 
     S is the Laplacian of a graph with weights sum_i P_ij P_ik / (grow r_i) and ``ground`` at the nodes; its diagonal
-    is formed from the weights, so that no digits are lost where they are small.
+    is formed from the weights, so that no digits are lost where they are small. With exact marginals y is 0 on average.
     """
     plan, ground, h = plan.double(), ground.double(), h.double()
+    columns = plan.sum(-2)
+    share = columns / columns.sum(-1, keepdim=True)
+    if grow == 1:  # rounding must not feed the free constant
+        h = h - share * h.sum(-1, keepdim=True)
     rows = plan.sum(-1, keepdim=True).mul_(grow).clamp_min_(1e-300)
     weights = (plan / rows).mT @ plan
     weights.diagonal(dim1=-2, dim2=-1).zero_()
@@ -294,7 +300,8 @@ def _solve_graph(plan: Tensor, ground: Tensor, h: Tensor, grow: float) -> Tensor
     system = system * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     factor, _ = torch.linalg.cholesky_ex(system)
     y = torch.cholesky_solve((h * scale).unsqueeze(-1), factor).squeeze(-1) * scale
-    return y.nan_to_num(0.0, 0.0, 0.0)
+    y = y.nan_to_num(0.0, 0.0, 0.0)
+    return y - (share * y).sum(-1, keepdim=True) if grow == 1 else y
 
 
 def implicit(plan: Tensor, gradient: Tensor, epsilon: float, kappa: float) -> tuple[Tensor, Tensor, Tensor]:
