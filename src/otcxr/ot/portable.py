@@ -20,10 +20,11 @@ from otcxr.ot.problem import Solution
 
 __all__ = ["implicit", "solve"]
 
-_CHUNK_BYTES = 2 * 1024 * 1024  # of cost worked on at once on a CPU: kernel and transposed kernel stay in its cache
+_CHUNK_BYTES = 8 * 1024 * 1024  # of cost worked on at once on a CPU: the kernels stay in its last cache
 _BLOCK = 5  # iterations between two looks at the errors
 _TINY = 1e-37
 _WIDTH = 40.0  # range of cost / epsilon that a kernel in single precision holds
+_LIMIT = 1e12  # of the scalings, beyond which they go into the potentials
 
 
 def solve(
@@ -50,8 +51,9 @@ def _solve_chunk(
     out: Solution,
 ) -> None:  # fmt: skip
     """Solve those with a moderate range of the cost at once and the others by coming down in epsilon."""
-    present = (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2)
-    if not present.all():  # what stands at absent positions must not matter, and 0 mass takes care of the rest
+    here, there = a > 0, b > 0
+    if not (here.all() and there.all()):  # what stands at absent positions must not matter
+        present = here.unsqueeze(-1) & there.unsqueeze(-2)
         middle = cost.where(present, 0.0).sum((-1, -2), keepdim=True) / present.sum((-1, -2), keepdim=True)
         cost = cost.where(present, middle)
     width = cost.amax((-1, -2)) - cost.amin((-1, -2))
@@ -117,27 +119,29 @@ class _Batch:
             self.f0 = -exponent.amax(-1)
         else:
             self.f0 = _soft_minimum(self.cost, self.g0, self.b, self.epsilon) * self.shrink
-        self.kernel = exponent.add_(self.f0.unsqueeze(-1)).div_(self.epsilon).clamp_max_(80.0).exp_()
-        self.transposed = self.kernel.mT.contiguous()
+        self.kernel = exponent.add_(self.f0.unsqueeze(-1)).mul_(1 / self.epsilon).clamp_max_(80.0).exp_()
         self.w, self.v = torch.ones_like(self.b), self.b.clone()
 
+    def _f(self) -> Tensor:
+        return self.f0 - self.epsilon * self.s.log()
+
     def _g(self) -> Tensor:
-        return self.g0 + self.epsilon * self.w.clamp_min(_TINY).log()
+        return self.g0 - self.epsilon * self.w.log()
 
     def _rows(self) -> None:
-        """One half iteration: s and u from v, and c = K^T u."""
-        self.s = self._scaling(_products(self.v, self.transposed), self.f0)
-        self.u = self.a * self.s
+        """One half iteration: 1 / s and u from v, and c = K^T u."""
+        self.s = self._inverse_scaling(_products(self.v, self.kernel.mT), self.f0)
+        self.u = self.a / self.s
         self.c = _products(self.u, self.kernel)
 
     def _columns(self) -> None:
-        self.w = self._scaling(self.c, self.g0)
-        self.v = self.b * self.w
+        self.w = self._inverse_scaling(self.c, self.g0)
+        self.v = self.b / self.w
 
-    def _scaling(self, d: Tensor, potential: Tensor) -> Tensor:
+    def _inverse_scaling(self, d: Tensor, potential: Tensor) -> Tensor:
         if self.reach is None:
-            return (d + _TINY).reciprocal()
-        power = -self.shrink * d.clamp_min(_TINY).log() - (1 - self.shrink) / self.epsilon * potential
+            return d.add_(_TINY)
+        power = self.shrink * d.clamp_min(_TINY).log() + (1 - self.shrink) / self.epsilon * potential
         return power.clamp(-40, 40).exp()
 
     def _missing(self) -> Tensor:
@@ -149,12 +153,12 @@ class _Batch:
 
     def _run(self, budget: int, tolerance: float, before: int, *, last: bool) -> int:
         """Iterate until all are within tolerance; the last run writes the solutions. Returns the iterations spent."""
-        spent = 0
-        alive = torch.ones(len(self.at), dtype=torch.bool, device=self.cost.device)
-        n, m = self.cost.shape[-2:]
-        patience = 2.5 * (m / 4 + m * m / n) + 20  # iterations that a few Newton steps are worth here
-        previous = best = None
-        stuck = 0
+        m = self.cost.shape[-1]
+        patience = 25 * math.sqrt(m)  # iterations that cost as much as the Newton steps instead of them (measured)
+        precision = 1e3 * m * torch.finfo(self.cost.dtype).eps
+        spent = stuck = 0
+        previous = best = math.inf
+        errors: Tensor | None = None  # at the last look, of each problem
         newton = False
         while True:
             if newton:
@@ -165,77 +169,67 @@ class _Batch:
                         self._columns()
                     self._rows()
                     spent += 1
-            error = self._missing().abs().sum(-1)
-            done = alive & (error <= tolerance)
-            worst = float(error.where(alive, 0.0).max())
-            over = spent >= budget or not worst > tolerance
-            if best is not None and newton and not worst < 0.7 * best:
-                # what neither iterations nor Newton's method improve any more is at the end of the precision
-                stuck += 1
-                over = over or (stuck > 8 and worst < 1e3 * m * torch.finfo(error.dtype).eps)
-            if not last:
-                if over:
-                    return spent
-            else:
-                self._give(alive if over else done, error, before + spent)
-                if over:
-                    return spent
-                alive &= ~done
-                if int(alive.sum()) <= 0.6 * len(alive):
-                    self._keep(alive)
-                    error = error[alive]
-                    alive = torch.ones(len(self.at), dtype=torch.bool, device=self.cost.device)
-                    previous = None
-            # how long would the worst problem take at the rate of the last block?
-            improved = previous is not None and worst < 0.9 * previous
+            error = _norm(self._missing())
+            alive = ~(error <= tolerance)
+            worst, count = float(error.max()), int(alive.sum())
+            # what neither iterations nor Newton's method improve any more is at the end of the precision
+            stuck = stuck + 1 if newton and not worst < 0.7 * best else 0
+            best = min(best, worst)
+            over = count == 0 or spent >= budget or (stuck > 8 and worst < precision)
+            # how long would they take at the rate of the last block?
             if newton:
-                newton = improved or previous is None
-            elif previous is not None:
-                rate = math.log(worst / previous) / _BLOCK if 0 < worst < previous else 0.0
-                newton = rate == 0.0 or math.log(tolerance / worst) / rate > patience
-            best = worst if best is None else min(best, worst)
-            previous = worst
-            limit = 1e12
-            if not newton and spent % (2 * _BLOCK) == 0 and self._too_large(limit):
+                newton = worst < 0.9 * previous
+            elif errors is not None:
+                rate = (errors / error).log().clamp_min(1e-6) / _BLOCK
+                left = ((error / tolerance).log() / rate).where(alive, 0.0)
+                newton = not float(left.sum()) <= patience * count
+            errors, previous = None if newton else error, worst
+            if last and (over or count <= (0.99 if newton else 0.6) * len(alive)):
+                self._give(torch.ones_like(alive) if over else ~alive, error, before + spent)
+                if not over:
+                    self._keep(alive)
+                    errors = None if errors is None else errors[alive]
+            if over:
+                return spent
+            if not newton and spent % (2 * _BLOCK) == 0 and self._too_large():
                 self.g0 = self._g()
                 self._form()
                 self._rows()
                 spent += 1
 
-    def _too_large(self, limit: float) -> bool:
-        extreme = [((x > limit) | (x < 1 / limit)).any() for x in (self.s, self.w)]
+    def _too_large(self) -> bool:
+        extreme = [((x > _LIMIT) | (x < 1 / _LIMIT)).any() for x in (self.s, self.w)]
         return bool(extreme[0] | extreme[1])
 
     def _keep(self, alive: Tensor) -> None:
-        names = ("cost", "a", "b", "g0", "f0", "kernel", "transposed", "w", "v", "s", "u", "c", "at")
-        for name in names:
-            setattr(self, name, getattr(self, name)[alive])
+        at = alive.nonzero().squeeze(-1)
+        for name in ("cost", "a", "b", "g0", "f0", "kernel", "w", "v", "s", "u", "c", "at"):
+            setattr(self, name, getattr(self, name).index_select(0, at))
 
     def _give(self, which: Tensor, error: Tensor, spent: int) -> None:
         """Write the solution of some of the problems to their places."""
-        if not which.any():
-            return
-        whole = bool(which.all()) and len(self.at) == len(self.out.residual)
+        whole = len(self.at) == len(self.out.residual) and bool(which.all())
+        at = which.nonzero().squeeze(-1)
 
         def pick(x: Tensor) -> Tensor:
-            return x if whole else x[which]
+            return x if whole else x.index_select(0, at)
 
-        at = slice(None) if whole else self.at[which]
         u, v, a = pick(self.u), pick(self.v), pick(self.a)
-        plan = pick(self.kernel) * u.unsqueeze(-1)
+        f, g = pick(self._f()), pick(self._g())
+        plan = torch.mul(pick(self.kernel), u.unsqueeze(-1), out=self.out.plan if whole else None)
         plan *= v.unsqueeze(-2)
-        f = pick(self.f0) + self.epsilon * pick(self.s).clamp_min(_TINY).log()
         wanted = a if self.reach is None else a * (-f / self.reach).exp()
-        self.out.plan[at] = plan
-        self.out.f[at] = f
-        self.out.g[at] = pick(self._g())
-        self.out.residual[at] = torch.maximum(pick(error), (wanted - plan.sum(-1)).abs().sum(-1))
-        self.out.iterations[at] = spent
+        residual = torch.maximum(pick(error), _norm(wanted - plan.sum(-1)))
+        if not whole:
+            self.out.plan[self.at[at]] = plan
+        place = slice(None) if whole else self.at[at]
+        self.out.f[place], self.out.g[place] = f, g
+        self.out.residual[place], self.out.iterations[place] = residual, spent
 
     def _newton(self, budget: int) -> int:
         """One damped Newton step on the columns of all problems. Returns the passes it took."""
         missing = self._missing()
-        error = missing.abs().sum(-1)
+        error = _norm(missing)
         mass = self.v * self.c
         plan = self.kernel * self.u.unsqueeze(-1) * self.v.unsqueeze(-2)
         ground = self.kappa * (missing + mass) + mass * (self.kappa / (1 + self.kappa))
@@ -248,16 +242,16 @@ class _Batch:
         spent = 0
         while spent < min(budget, 8):
             factor = torch.where(waiting.unsqueeze(-1), (step * y).exp(), factor)
-            self.v, self.w = v * factor, w * factor
+            self.v, self.w = v * factor, w / factor
             self._rows()
             spent += 1
-            waiting = self._missing().abs().sum(-1) > error * (1 - 0.25 * step.squeeze(-1))
+            waiting = _norm(self._missing()) > error * (1 - 0.25 * step.squeeze(-1))
             if not waiting.any():
                 break
             step = torch.where(waiting.unsqueeze(-1), 0.4 * step, step)
         if waiting.any():  # no step helped: leave those as they were, and iterate on
             factor = factor.where(~waiting.unsqueeze(-1), 1.0)
-            self.v, self.w = v * factor, w * factor
+            self.v, self.w = v * factor, w / factor
             self._rows()
         if spent < budget:  # columns with next to no mass do not count in S; an iteration finds their potential
             self._columns()
@@ -269,6 +263,10 @@ class _Batch:
 def _products(x: Tensor, matrices: Tensor) -> Tensor:
     """Row vectors times matrices, (B, k) and (B, k, l) -> (B, l): much faster than column vectors here."""
     return torch.bmm(x.unsqueeze(1), matrices).squeeze(1)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, 1, -1)
 
 
 def _soft_minimum(cost: Tensor, potential: Tensor, mass: Tensor, epsilon: float) -> Tensor:
@@ -315,44 +313,54 @@ def implicit(plan: Tensor, gradient: Tensor, epsilon: float, kappa: float) -> tu
     """
     grow = 1 + kappa
     r, c = plan.sum(-1), plan.sum(-2)
+    inner, outer = _inverse(grow * r), _inverse(grow * c)
     shift = gradient.gather(-1, plan.argmax(-1, keepdim=True))
-    shifted = gradient - shift
-    inner = grow * r
-    x = _ratio((shifted * plan).sum(-1), inner)
+    weighted = (gradient - shift).mul_(plan)
+    x = weighted.sum(-1) * inner
     level = x - shift.squeeze(-1) * (1 - 1 / grow)
-    h = ((shifted - level.unsqueeze(-1)) * plan).sum(-2)
-    y = _conjugate_gradients(plan, inner, c, h, kappa)
-    x = x - _ratio((plan @ y.unsqueeze(-1)).squeeze(-1), inner) + shift.squeeze(-1) / grow
+    h = weighted.sub_(level.unsqueeze(-1) * plan).sum(-2)
+    y = _conjugate_gradients(plan, inner, outer, grow * c, h)
+    at = y.isnan().any(-1).nonzero().squeeze(-1)
+    if len(at):
+        y[at] = _solve_graph(plan[at], c[at] * (kappa * (2 + kappa) / grow), h[at], grow).to(y.dtype)
+    x = x - _products(y, plan.mT) * inner + shift.squeeze(-1) / grow
     x = x.where(r > 0, 0.0)
-    d_cost = (x.unsqueeze(-1) + y.unsqueeze(-2)).sub_(gradient).mul_(plan).div_(epsilon)
+    d_cost = (x.unsqueeze(-1) + y.unsqueeze(-2)).sub_(gradient).mul_(plan).mul_(1 / epsilon)
     return d_cost, x, y
 
 
-def _ratio(x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(y > 0, x / y.where(y > 0, 1.0), 0.0)
+def _inverse(x: Tensor) -> Tensor:
+    """1 / x, and 0 for 0."""
+    return torch.where(x > 0, x, math.inf).reciprocal()
 
 
-def _conjugate_gradients(plan: Tensor, inner: Tensor, c: Tensor, h: Tensor, kappa: float) -> Tensor:
-    """Solve the Schur complement for y; what does not converge soon is solved directly."""
-    grow = 1 + kappa
-    outer = grow * c
-    transposed = plan.mT.contiguous()
-    y, residual, p = torch.zeros_like(h), h.clone(), _ratio(h, outer)
+def _conjugate_gradients(plan: Tensor, inner: Tensor, outer: Tensor, diagonal: Tensor, h: Tensor) -> Tensor:
+    """Solve (diag(diagonal) - P^T diag(inner) P) y = h, preconditioned by ``outer`` = 1 / diagonal.
+
+    Problems leave the batch as they converge; NaN for those that do not within 30 steps.
+    """
+    solution = torch.full_like(h, math.nan)
+    at = torch.arange(len(h), device=h.device)
+    y, residual, p = torch.zeros_like(h), h, outer * h
     rho = (h * p).sum(-1)
     goal = rho * (50 * torch.finfo(h.dtype).eps) ** 2
-    for step in range(40):
-        image = outer * p - _products(_ratio(_products(p, transposed), inner), plan)
-        alpha = _ratio(rho, (image * p).sum(-1)).unsqueeze(-1)
+    for step in range(1, 31):
+        image = diagonal * p - _products(_products(p, plan.mT) * inner, plan)
+        alpha = (rho * _inverse((image * p).sum(-1))).unsqueeze(-1)
         y = y + alpha * p
         residual = residual - alpha * image
-        z = _ratio(residual, outer)
+        z = outer * residual
         after = (residual * z).sum(-1)
-        if step % 5 == 4 and not (after > goal).any():
-            return y
-        p = z + _ratio(after, rho).unsqueeze(-1) * p
+        p = z + (after * _inverse(rho)).unsqueeze(-1) * p
         rho = after
-    at = (~(after <= goal)).nonzero().squeeze(-1)
-    if len(at):
-        ground = c[at] * (kappa * (2 + kappa) / grow)
-        y[at] = _solve_graph(plan[at], ground, h[at], grow).to(y.dtype)
-    return y
+        if step % 5 == 0:
+            alive = ~(rho <= goal)
+            count = int(alive.sum())
+            if count <= 0.7 * len(alive) or step == 30:
+                solution[at[~alive]] = y[~alive]
+                if count == 0 or step == 30:
+                    break
+                parts = plan, inner, outer, diagonal, y, residual, p, rho, goal, at
+                left = alive.nonzero().squeeze(-1)
+                plan, inner, outer, diagonal, y, residual, p, rho, goal, at = (x.index_select(0, left) for x in parts)
+    return solution
