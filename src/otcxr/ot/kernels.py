@@ -52,6 +52,7 @@ class _Work(NamedTuple):
     C: Any  # (n m) cost of the present positions; a large number in the padding
     K: Any  # (n m) kernel, later the plan
     M: Any  # (m m) weights of the graph
+    F: Any  # (m m) weights times offsets
     rows: Any  # (n) which rows are present
     columns: Any  # (m)
     A: Any  # (n) masses
@@ -89,7 +90,7 @@ def _workspace(n, m, like):
     lane = lanes(like)
     n, m = _vectors(n, 16), _vectors(m, lane)
     return _Work(
-        _aligned(n * m, like), _aligned(n * m, like), _aligned(m * m, like),
+        _aligned(n * m, like), _aligned(n * m, like), _aligned(m * m, like), _aligned(m * m, like),
         np.zeros(n, np.int64), np.zeros(m, np.int64),
         _aligned(n, like), _aligned(m, like), _aligned(n, like), _aligned(m, like), _aligned(n, like),
         _aligned(n, like), _aligned(m, like), _aligned(m, like), _aligned(m, like), _aligned(m, like),
@@ -184,6 +185,30 @@ def _columns_exactly(work, n, wide, epsilon, shrink):
     for j in range(wide):
         if work.B[j] == 0:
             work.g0[j] = 0
+
+
+@_compiled
+def _translate(work, n, m, reach):
+    """Move a constant from f0 to g0: t = reach / 2 ln(<a, exp(-f / reach)> / <b, exp(-g / reach)>), the best one.
+
+    Iterations alone would take very many to find it when the masses differ and reach is large against epsilon.
+    """
+    kind = work.C.dtype.type
+    low, up = work.f0[0], work.g0[0]
+    for i in range(n):
+        low = min(low, work.f0[i])
+    for j in range(m):
+        up = min(up, work.g0[j])
+    left = right = kind(0)
+    for i in range(n):
+        left += work.A[i] * np.exp((low - work.f0[i]) / reach)
+    for j in range(m):
+        right += work.B[j] * np.exp((up - work.g0[j]) / reach)
+    shift = kind(0.5) * (reach * kind(np.log(left / right)) + up - low)
+    for i in range(n):
+        work.f0[i] += shift
+    for j in range(m):
+        work.g0[j] -= shift
 
 
 @_compiled
@@ -392,6 +417,15 @@ def _too_large(work, n, m, limit):
 
 
 @_compiled
+def _absorb(work, n, m, wide, epsilon, shrink):
+    """Put the scalings of the columns into g0 and form the kernel anew."""
+    kind = work.C.dtype.type
+    for j in range(m):
+        work.g0[j] += epsilon * kind(np.log(max(work.w[j], kind(1e-37))))
+    _form(work, n, wide, epsilon, shrink)
+
+
+@_compiled
 def _run(work, n, m, epsilon, shrink, reach, budget, tolerance, precision):
     """Iterate at one epsilon until the columns are within tolerance. Returns the error and the iterations spent."""
     kind, lane = work.C.dtype.type, lanes(work.C)
@@ -423,10 +457,13 @@ def _run(work, n, m, epsilon, shrink, reach, budget, tolerance, precision):
                 if error <= tolerance or spent >= budget:
                     return error, spent
                 before = kind(np.inf)
+                if _too_large(work, n, m, limit):
+                    _absorb(work, n, m, wide, epsilon, shrink)
+                    _rows(work, n, wide, epsilon, shrink)
+                    spent += 1
+                    error = _error(work, wide, epsilon, shrink, reach)
         if spent % 10 < 2 and _too_large(work, n, m, limit):
-            for j in range(m):
-                work.g0[j] += epsilon * kind(np.log(max(work.w[j], kind(1e-37))))
-            _form(work, n, wide, epsilon, shrink)
+            _absorb(work, n, m, wide, epsilon, shrink)
             continue
         _columns(work, wide, epsilon, shrink)
 
@@ -451,9 +488,10 @@ def _solve_one(work, n, m, width, epsilon, shrink, reach, budget, tolerance, pre
                 work.g0[j] += 2 * here * kind(np.log(max(work.w[j], kind(1e-37))))
         pull = reach / (reach + here) if shrink < 1 else kind(1)
         if shrink < 1:
-            for _ in range(2):
+            for _ in range(3):
                 _form(work, n, wide, here, pull)
                 _columns_exactly(work, n, wide, here, pull)
+                _translate(work, n, m, reach)
         _form(work, n, wide, here, pull)
         if level > 0:
             allowed = max(1, min(40, budget - spent - level))
@@ -514,15 +552,19 @@ def _adjoint(work, n, m, kappa, precision):
         for j in range(0, wide, lane):
             value = (load(work.C, row + j) - shift - level) * load(work.K, row + j)
             store(work.h, j, load(work.h, j) + value)
-    # conjugate gradients on the Schur complement, preconditioned by its diagonal without the plan
+    # conjugate gradients on the Schur complement, preconditioned by its diagonal without the plan; h is scaled first,
+    # as its square may be below the smallest number where the plan is nearly a permutation
+    size = kind(0)
+    for j in range(m):
+        size = max(size, abs(work.h[j]))
     norm = kind(0)
     for j in range(m):
+        work.h[j] = work.h[j] / size if size > 0 else kind(0)
         work.p[j] = work.h[j] / max(grow * work.c[j], tiny)
         norm += work.h[j] * work.p[j]
-        work.ground[j] = work.h[j]  # the residual; h itself is kept for the direct solver
     rho, goal = norm, norm * (kind(50) * precision) ** 2
     done = not norm > 0
-    for _ in range(0 if done else 40):
+    for _ in range(0 if done else 30):
         for j in range(0, wide, lane):
             store(work.q, j, zero)
         for i in range(n):
@@ -542,32 +584,95 @@ def _adjoint(work, n, m, kappa, precision):
         after = kind(0)
         for j in range(m):
             work.y[j] += alpha * work.p[j]
-            work.ground[j] -= alpha * work.q[j]
-            after += work.ground[j] * work.ground[j] / max(grow * work.c[j], tiny)
+            work.h[j] -= alpha * work.q[j]
+            after += work.h[j] * work.h[j] / max(grow * work.c[j], tiny)
         if after <= goal:
             done = True
             break
         beta = after / rho
         rho = after
         for j in range(m):
-            work.p[j] = work.ground[j] / max(grow * work.c[j], tiny) + beta * work.p[j]
-    if not done:
-        for j in range(wide):
-            work.y[j], work.v[j] = 0, 1
-            work.ground[j] = work.c[j] * kappa * (2 + kappa) / grow
-        for i in range(n):
-            work.A[i] = work.u[i]
-            work.u[i] = 1  # the plan itself is in K, so it is scaled by nothing
-        _weights(work, n, m, wide, grow)
-        for i in range(n):
-            work.u[i] = work.A[i]
-        _eliminate(work, m, wide)
+            work.p[j] = work.h[j] / max(grow * work.c[j], tiny) + beta * work.p[j]
+    if done:
+        for j in range(m):
+            work.y[j] *= size
+    else:
+        _offsets(work, n, m, wide, kappa)
+        _eliminate_offsets(work, m, wide)
     for i in range(n):
         row, mass = i * wide, zero
         for j in range(0, wide, lane):
             mass = fma(load(work.K, row + j), load(work.y, j), mass)
         work.x[i] -= total(mass) / max(grow * work.u[i], tiny)
         work.x[i] += work.s[i] / grow
+
+
+@_compiled
+def _offsets(work, n, m, wide, kappa):
+    """The implicit system as least squares on a graph: weights M, flows F = M * offsets, ground and its flow in h.
+
+    M_jk = sum_i P_ij P_ik / ((1 + kappa) r_i)
+    F_jk = sum_i P_ij P_ik (G_ij - G_ik) / ((1 + kappa) r_i)
+    """
+    kind, lane = work.C.dtype.type, lanes(work.C)
+    zero, grow = splat(kind(0)), kind(1) + kappa
+    for j in range(m):
+        work.ground[j] = work.c[j] * kappa * (kind(2) + kappa) / grow
+        work.h[j] = 0
+        for k in range(0, j + 1, lane):
+            store(work.M, j * wide + k, zero)
+            store(work.F, j * wide + k, zero)
+    for i in range(n):
+        row = i * wide
+        shift = splat(work.s[i])
+        scale = kind(1) / max(grow * work.u[i], kind(1e-37))
+        for j in range(m):
+            work.h[j] += work.K[row + j] * work.C[row + j] * kappa / grow
+            weight = splat(work.K[row + j] * scale)
+            slope = splat(work.C[row + j] - work.s[i])
+            for k in range(0, j + 1, lane):
+                edge = weight * load(work.K, row + k)
+                store(work.M, j * wide + k, load(work.M, j * wide + k) + edge)
+                offset = slope - (load(work.C, row + k) - shift)
+                store(work.F, j * wide + k, fma(edge, offset, load(work.F, j * wide + k)))
+
+
+@_compiled
+def _eliminate_offsets(work, m, wide):
+    """Solve sum_k M_jk (y_j - y_k) + ground_j y_j = sum_k F_jk + h_j on the lower triangles.
+
+    As ``_eliminate``, with the right-hand side kept on the edges: what node p passes on are averages of offsets, so y
+    stays within sums of them along the graph however weak some edges are. Sums over nodes, first, would cancel.
+    """
+    kind, lane = work.C.dtype.type, lanes(work.C)
+    M, F = work.M, work.F
+    for p in range(m - 1, -1, -1):
+        mass = splat(kind(0))
+        for j in range(0, p, lane):
+            mass = mass + load_part(M, p * wide + j, p - j, kind(0))
+        d = work.ground[p] + total(mass)
+        M[p * wide + p] = d
+        if d <= 0:
+            continue
+        for i in range(p):
+            weight, flow = M[p * wide + i] / d, F[p * wide + i] / d
+            if weight > 0:
+                work.h[i] += weight * work.h[p] - flow * work.ground[p]
+                work.ground[i] += weight * work.ground[p]
+                x, y = splat(weight), splat(flow)
+                for j in range(0, i, lane):
+                    edge, current = load(M, p * wide + j), load(F, p * wide + j)
+                    new = fma(x, current, load(F, i * wide + j)) - y * edge
+                    store_part(M, i * wide + j, fma(x, edge, load(M, i * wide + j)), i - j)
+                    store_part(F, i * wide + j, new, i - j)
+    for p in range(m):
+        d = M[p * wide + p]
+        reached = splat(kind(0))
+        for j in range(0, p, lane):
+            part = load_part(M, p * wide + j, p - j, kind(0)) * load(work.y, j)
+            reached = reached + part + load_part(F, p * wide + j, p - j, kind(0))
+        # a node without edges (all weights underflowed) has nothing to be compared with
+        work.y[p] = (work.h[p] + total(reached)) / d if d > 0 and (p > 0 or work.ground[0] > 0) else kind(0)
 
 
 @_compiled

@@ -107,9 +107,10 @@ class _Batch:
         self.kappa = 0.0 if self.reach is None else epsilon / self.reach
         self.shrink = 1 / (1 + self.kappa)
         if self.reach is not None:
-            for _ in range(2):
+            for _ in range(3):
                 self.f0 = _soft_minimum(self.cost, self.g0, self.b, epsilon) * self.shrink
                 self.g0 = _soft_minimum(self.cost.mT, self.f0, self.a, epsilon) * self.shrink
+                self._translate(self.reach)
         self._form()
 
     def _form(self) -> None:
@@ -121,6 +122,16 @@ class _Batch:
             self.f0 = _soft_minimum(self.cost, self.g0, self.b, self.epsilon) * self.shrink
         self.kernel = exponent.add_(self.f0.unsqueeze(-1)).mul_(1 / self.epsilon).clamp_max_(80.0).exp_()
         self.w, self.v = torch.ones_like(self.b), self.b.clone()
+
+    def _translate(self, reach: float) -> None:
+        """Move a constant from f0 to g0: t = reach / 2 ln(<a, exp(-f / reach)> / <b, exp(-g / reach)>), the best one.
+
+        Iterations alone would take very many to find it when the masses differ and reach is large against epsilon.
+        """
+        left = torch.logsumexp(self.a.log() - self.f0 / reach, -1)
+        right = torch.logsumexp(self.b.log() - self.g0 / reach, -1)
+        shift = (0.5 * reach * (left - right)).unsqueeze(-1)
+        self.f0, self.g0 = self.f0 + shift, self.g0 - shift
 
     def _f(self) -> Tensor:
         return self.f0 - self.epsilon * self.s.log()
@@ -191,7 +202,7 @@ class _Batch:
                     errors = None if errors is None else errors[alive]
             if over:
                 return spent
-            if not newton and spent % (2 * _BLOCK) == 0 and self._too_large():
+            if (newton or spent % (2 * _BLOCK) == 0) and spent < budget and self._too_large():
                 self.g0 = self._g()
                 self._form()
                 self._rows()
@@ -322,7 +333,11 @@ def implicit(plan: Tensor, gradient: Tensor, epsilon: float, kappa: float) -> tu
     y = _conjugate_gradients(plan, inner, outer, grow * c, h)
     at = y.isnan().any(-1).nonzero().squeeze(-1)
     if len(at):
-        y[at] = _solve_graph(plan[at], c[at] * (kappa * (2 + kappa) / grow), h[at], grow).to(y.dtype)
+        # once more in float64, so that the sums over columns that hardly touch do not cancel to noise
+        wide, slope, level = plan[at].double(), (gradient[at] - shift[at]).double(), shift[at].double() * (1 - 1 / grow)
+        mean = (slope * wide).sum(-1, keepdim=True) * _inverse(grow * wide.sum(-1, keepdim=True))
+        h = ((slope - mean + level) * wide).sum(-2)
+        y[at] = _solve_graph(wide, c[at] * (kappa * (2 + kappa) / grow), h, grow).to(y.dtype)
     x = x - _products(y, plan.mT) * inner + shift.squeeze(-1) / grow
     x = x.where(r > 0, 0.0)
     d_cost = (x.unsqueeze(-1) + y.unsqueeze(-2)).sub_(gradient).mul_(plan).mul_(1 / epsilon)

@@ -106,7 +106,7 @@ def sinkhorn(
         a = _masses(a, "a", cost, cost.shape[:-1], balanced=reach is None)
         b = _masses(b, "b", cost, (*cost.shape[:-2], cost.shape[-1]), balanced=reach is None)
         solver = _solver(backend, cost)
-        _check_cost(cost, reach)
+        _check_cost(cost, a.detach(), b.detach(), reach)
         out: tuple[Tensor, ...] = _Solve.apply(  # type: ignore[no-untyped-call]
             cost, a, b, solver, epsilon, reach, max_iterations, tolerance, objective
         )
@@ -186,7 +186,7 @@ def _masses(mass: Tensor | None, name: str, cost: Tensor, shape: tuple[int, ...]
     return mass / total.reshape(*shape[:-1], 1) if balanced else mass
 
 
-def _check_cost(cost: Tensor, reach: float | None) -> None:
+def _check_cost(cost: Tensor, a: Tensor, b: Tensor, reach: float | None) -> None:
     if cost.numel() == 0 or _capturing(cost):
         return
     flat = cost.detach().reshape(-1, *cost.shape[-2:])
@@ -194,7 +194,11 @@ def _check_cost(cost: Tensor, reach: float | None) -> None:
     if not flat.sum().isfinite() and not flat.isfinite().all():
         first = int((~flat.flatten(1).isfinite().all(-1)).nonzero()[0])
         raise ValueError(f"cost must be finite; sample {first} holds NaN or infinity (mark absent positions by mass 0)")
-    if reach is not None and flat.min() < -reach:
+    if reach is None:
+        return
+    # what stands where there is no mass does not matter
+    flat = flat.where((a.reshape(-1, a.shape[-1], 1) > 0) & (b.reshape(-1, 1, b.shape[-1]) > 0), 0.0)
+    if flat.min() < -reach:
         first = int((flat.amin((-1, -2)) < -reach).nonzero()[0])
         raise ValueError(
             f"cost must be at least -reach = {-reach} with soft marginals, or moving mass would be rewarded and create "
