@@ -25,6 +25,7 @@ from numba import njit
 
 from otcxr.ot.simd import (
     exp,
+    fetch_add,
     fma,
     lanes,
     largest,
@@ -39,11 +40,15 @@ from otcxr.ot.simd import (
     store,
     store_part,
     total,
+    where_equal,
 )
 
-__all__ = ["implicit_lot", "solve_lot"]
+__all__ = ["implicit_lots", "solve_lots"]
 
+# numba's cache on disk notices a change of this file, but not of simd.py: this line makes it one (a test checks it)
+_SIMD_DIGEST = "2993d3715fc42bf5"
 _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
+_inlined = njit(inline="always", error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
 
 
 class _Work(NamedTuple):
@@ -118,22 +123,29 @@ def _take(cost, a, b, at, work):
             count_m += 1
     wide = _vectors(count_m, lane)
     for i in range(count_n, _vectors(count_n, 16)):
-        work.A[i] = 0
+        work.A[i] = work.u[i] = 0
     for j in range(count_m, wide):
         work.B[j] = 0
     low, high = splat(kind(np.inf)), splat(kind(-np.inf))
+    inner = count_m // lane * lane
     for i in range(count_n):
         source, target = (at * n + work.rows[i]) * m, i * wide
-        for j in range(0, wide, lane):
-            if count_m == m:
+        if count_m == m:
+            for j in range(0, inner, lane):
+                store(work.C, target + j, load(flat, source + j))
+            for j in range(inner, wide, lane):
                 store(work.C, target + j, load_part(flat, source + j, m - j, kind(1e30)))
-            else:
-                for k in range(j, j + lane):
-                    work.C[target + k] = flat[source + work.columns[k]] if k < count_m else kind(1e30)
+        else:
+            for j in range(count_m):
+                work.C[target + j] = flat[source + work.columns[j]]
+            for j in range(count_m, wide):
+                work.C[target + j] = 1e30
+        for j in range(0, inner, lane):
             here = load(work.C, target + j)
-            low = minimum(low, here)
-            here = load_part(work.C, target + j, count_m - j, work.C[target])
-            high = maximum(high, here)
+            low, high = minimum(low, here), maximum(high, here)
+        for j in range(inner, wide, lane):
+            low = minimum(low, load(work.C, target + j))
+            high = maximum(high, load_part(work.C, target + j, count_m - j, work.C[target]))
     return count_n, count_m, smallest(low), largest(high)
 
 
@@ -211,7 +223,7 @@ def _translate(work, n, m, reach):
         work.g0[j] -= shift
 
 
-@_compiled
+@_inlined
 def _rows(work, n, wide, epsilon, shrink):
     """One half iteration: s, u from v, and c = K^T u in the same reading of the kernel."""
     kind, lane = work.C.dtype.type, lanes(work.C)
@@ -250,7 +262,7 @@ def _rows(work, n, wide, epsilon, shrink):
             store(c, j, fma(t3, load(K, row3 + j), x))
 
 
-@_compiled
+@_inlined
 def _error(work, wide, epsilon, shrink, reach):
     """L1 error of the columns; leaves what is missing in every column in h."""
     kind, lane = work.C.dtype.type, lanes(work.C)
@@ -266,7 +278,7 @@ def _error(work, wide, epsilon, shrink, reach):
     return total(error)
 
 
-@_compiled
+@_inlined
 def _columns(work, wide, epsilon, shrink):
     """The other half iteration: w and v from c."""
     kind, lane = work.C.dtype.type, lanes(work.C)
@@ -520,7 +532,34 @@ def _plan_in_place(work, n, wide):
 
 
 @_compiled
-def _adjoint(work, n, m, kappa, precision):
+def _image(work, n, wide, grow):
+    """q = grow c p - P^T diag(1 / (grow r)) P p; A holds -1 / (grow r)."""
+    kind, lane = work.C.dtype.type, lanes(work.C)
+    K, p, q = work.K, work.p, work.q
+    zero, grown = splat(kind(0)), splat(grow)
+    for j in range(0, wide, lane):
+        store(q, j, grown * load(work.c, j) * load(p, j))
+    for i in range(0, _vectors(n, 4), 4):
+        row0 = i * wide
+        row1, row2, row3 = row0 + wide, row0 + 2 * wide, row0 + 3 * wide
+        t0, t1, t2, t3 = zero, zero, zero, zero
+        for j in range(0, wide, lane):
+            x = load(p, j)
+            t0 = fma(load(K, row0 + j), x, t0)
+            t1 = fma(load(K, row1 + j), x, t1)
+            t2 = fma(load(K, row2 + j), x, t2)
+            t3 = fma(load(K, row3 + j), x, t3)
+        t0, t1 = splat(total(t0) * work.A[i]), splat(total(t1) * work.A[i + 1])
+        t2, t3 = splat(total(t2) * work.A[i + 2]), splat(total(t3) * work.A[i + 3])
+        for j in range(0, wide, lane):
+            x = fma(t0, load(K, row0 + j), load(q, j))
+            x = fma(t1, load(K, row1 + j), x)
+            x = fma(t2, load(K, row2 + j), x)
+            store(q, j, fma(t3, load(K, row3 + j), x))
+
+
+@_compiled
+def _adjoint(work, n, m, kappa, accuracy):
     """Solve [(1 + kappa) diag(r), P; P^T, (1 + kappa) diag(c)] (x, y) = (W 1, W^T 1), W = G * P.
 
     Expects P in K, its marginals in u and c, G in C (padding arbitrary but finite). G is shifted in every row by its
@@ -538,15 +577,17 @@ def _adjoint(work, n, m, kappa, precision):
         store(work.q, j, zero)
     for i in range(n):
         row = i * wide
-        at = 0
-        for j in range(m):
-            if work.K[row + j] > work.K[row + at]:
-                at = j
-        shift, mass = splat(work.C[row + at]), zero
+        top = zero
+        for j in range(0, wide, lane):
+            top = maximum(top, load(work.K, row + j))
+        top, there = splat(largest(top)), splat(kind(-np.inf))
+        for j in range(0, wide, lane):
+            there = maximum(there, where_equal(load(work.K, row + j), top, load(work.C, row + j), there))
+        work.s[i] = largest(there)
+        shift, mass = splat(work.s[i]), zero
         for j in range(0, wide, lane):
             mass = fma(load(work.C, row + j) - shift, load(work.K, row + j), mass)
         work.x[i] = total(mass) / max(grow * work.u[i], tiny)  # without y
-        work.s[i] = work.C[row + at]
         # h = W^T 1 - P^T x; the shift cancels up to (1 - 1 / grow), which reach leaves over
         level = splat(work.x[i] - work.s[i] * (kind(1) - kind(1) / grow))
         for j in range(0, wide, lane):
@@ -554,45 +595,52 @@ def _adjoint(work, n, m, kappa, precision):
             store(work.h, j, load(work.h, j) + value)
     # conjugate gradients on the Schur complement, preconditioned by its diagonal without the plan; h is scaled first,
     # as its square may be below the smallest number where the plan is nearly a permutation
-    size = kind(0)
-    for j in range(m):
-        size = max(size, abs(work.h[j]))
-    norm = kind(0)
-    for j in range(m):
-        work.h[j] = work.h[j] / size if size > 0 else kind(0)
-        work.p[j] = work.h[j] / max(grow * work.c[j], tiny)
-        norm += work.h[j] * work.p[j]
-    rho, goal = norm, norm * (kind(50) * precision) ** 2
-    done = not norm > 0
-    for _ in range(0 if done else 30):
+    largest_h = zero
+    for j in range(0, wide, lane):
+        largest_h = maximum(largest_h, magnitude(load(work.h, j)))
+    size = largest(largest_h)
+    scale = splat(kind(1) / size if size > 0 else kind(0))
+    norms, least, grown = zero, splat(tiny), splat(grow)
+    for j in range(0, wide, lane):
+        h = load(work.h, j) * scale
+        p = h / maximum(grown * load(work.c, j), least)
+        store(work.h, j, h)
+        store(work.p, j, p)
+        norms = fma(h, p, norms)
+    rho = total(norms)
+    goal = rho * accuracy * accuracy
+    done = not rho > 0
+    for i in range(n):
+        work.A[i] = kind(-1) / max(grow * work.u[i], tiny)
+    for i in range(n, _vectors(n, 4)):
+        work.A[i] = 0
         for j in range(0, wide, lane):
-            store(work.q, j, zero)
-        for i in range(n):
-            row, mass = i * wide, zero
-            for j in range(0, wide, lane):
-                mass = fma(load(work.K, row + j), load(work.p, j), mass)
-            factor = splat(-total(mass) / max(grow * work.u[i], tiny))
-            for j in range(0, wide, lane):
-                store(work.q, j, fma(factor, load(work.K, row + j), load(work.q, j)))
-        curvature = kind(0)
-        for j in range(m):
-            work.q[j] += grow * work.c[j] * work.p[j]
-            curvature += work.q[j] * work.p[j]
+            store(work.K, i * wide + j, zero)
+    for _ in range(0 if done else 30):
+        _image(work, n, wide, grow)
+        curvatures = zero
+        for j in range(0, wide, lane):
+            curvatures = fma(load(work.q, j), load(work.p, j), curvatures)
+        curvature = total(curvatures)
         if not curvature > 0:
             break
-        alpha = rho / curvature
-        after = kind(0)
-        for j in range(m):
-            work.y[j] += alpha * work.p[j]
-            work.h[j] -= alpha * work.q[j]
-            after += work.h[j] * work.h[j] / max(grow * work.c[j], tiny)
+        alpha = splat(rho / curvature)
+        norms = zero
+        for j in range(0, wide, lane):
+            store(work.y, j, fma(alpha, load(work.p, j), load(work.y, j)))
+            h = load(work.h, j) - alpha * load(work.q, j)
+            store(work.h, j, h)
+            z = h / maximum(grown * load(work.c, j), least)
+            store(work.v, j, z)
+            norms = fma(h, z, norms)
+        after = total(norms)
         if after <= goal:
             done = True
             break
-        beta = after / rho
+        beta = splat(after / rho)
         rho = after
-        for j in range(m):
-            work.p[j] = work.h[j] / max(grow * work.c[j], tiny) + beta * work.p[j]
+        for j in range(0, wide, lane):
+            store(work.p, j, fma(beta, load(work.p, j), load(work.v, j)))
     if done:
         for j in range(m):
             work.y[j] *= size
@@ -684,10 +732,13 @@ def _give_plan(work, n, m, plan, at):
     flat = plan.reshape(-1)
     if n < rows or m < columns:
         plan[at] = 0
+    inner = m // lane * lane
     for i in range(n):
         start = (at * rows + work.rows[i]) * columns
         if m == columns:
-            for j in range(0, m, lane):
+            for j in range(0, inner, lane):
+                store(flat, start + j, load(work.K, i * wide + j))
+            for j in range(inner, m, lane):
                 store_part(flat, start + j, load(work.K, i * wide + j), m - j)
         else:
             for j in range(m):
@@ -705,83 +756,101 @@ def _give_gradient(work, n, m, d_cost, x, y, at, epsilon, one):
             slope = splat(work.x[i]) + load(work.y, j) - load(work.C, i * wide + j)
             store(work.K, i * wide + j, fma(slope, inverse, first) * load(work.K, i * wide + j))
     _give_plan(work, n, m, d_cost, at)
-    x[at] = 0
-    y[at] = 0
-    for i in range(n):
-        x[at, work.rows[i]] = work.x[i]
-    for j in range(m):
-        y[at, work.columns[j]] = work.y[j]
+    _give(work.x, work.rows, n, x, at)
+    _give(work.y, work.columns, m, y, at)
 
 
 @_compiled
-def solve_lot(
-    start, stop, cost, a, b, epsilon, reach, limit, tolerance, plan, f, g, residual, iterations, sharp, d_cost, x, y
+def _give(values, places, count, out, at):
+    """Write ``values`` to their places among the absent ones."""
+    if count < out.shape[1]:
+        out[at] = 0
+    for i in range(count):
+        out[at, places[i]] = values[i]
+
+
+@_compiled
+def solve_lots(
+    counter, step, cost, a, b, epsilon, reach, limit, tolerance, plan, f, g, residual, iterations, sharp, d_cost, x, y
 ):
-    """Solve problems ``start`` to ``stop``; ``reach`` 0 means exact marginals."""
+    """Solve lots of ``step`` problems until none is left in the counter; ``reach`` 0 means exact marginals."""
     kind = cost.dtype.type
     lane = lanes(cost)
     work = _workspace(cost.shape[1], cost.shape[2], cost)
     epsilon, reach = kind(epsilon), kind(reach)
     shrink = reach / (reach + epsilon) if reach > 0 else kind(1)
     precision = kind(6e-8) if cost.itemsize == 4 else kind(1.1e-16)
-    for at in range(start, stop):
-        n, m, low, high = _take(cost, a, b, at, work)
-        wide = _vectors(m, lane)
-        error, iterations[at] = _solve_one(
-            work, n, m, high - low, epsilon, shrink, reach, limit, kind(tolerance), precision
-        )
-        f[at] = 0
-        g[at] = 0
-        for i in range(n):
-            work.f0[i] += epsilon * kind(np.log(max(work.s[i], kind(1e-37))))
-            f[at, work.rows[i]] = work.f0[i]
-        for j in range(m):
-            work.g0[j] += epsilon * kind(np.log(max(work.w[j], kind(1e-37))))
-            g[at, work.columns[j]] = work.g0[j]
-        _plan_in_place(work, n, wide)
-        missing = kind(0)
-        for i in range(n):
-            wanted = work.A[i] * kind(np.exp(-work.f0[i] / reach)) if reach > 0 else work.A[i]
-            missing += abs(wanted - work.u[i])
-        residual[at] = max(error, missing)
-        _give_plan(work, n, m, plan, at)
-        if sharp:
-            for i in range(n):
-                for j in range(m):
-                    work.C[i * wide + j] -= work.f0[i] + work.g0[j]
-                for j in range(m, wide):
-                    work.C[i * wide + j] = 0
-            _adjoint(work, n, m, epsilon / reach if reach > 0 else kind(0), precision)
-            _give_gradient(work, n, m, d_cost, x, y, at, epsilon, 1)
+    start = fetch_add(counter, step)
+    while start < len(cost):
+        for at in range(start, min(start + step, len(cost))):
+            n, m, low, high = _take(cost, a, b, at, work)
+            wide = _vectors(m, lane)
+            error, iterations[at] = _solve_one(
+                work, n, m, high - low, epsilon, shrink, reach, limit, kind(tolerance), precision
+            )
+            f[at] = 0
+            g[at] = 0
+            blur = splat(epsilon)
+            for i in range(0, _vectors(n, lane), lane):
+                store(work.f0, i, fma(blur, log(load(work.s, i)), load(work.f0, i)))
+            for j in range(0, wide, lane):
+                store(work.g0, j, fma(blur, log(load(work.w, j)), load(work.g0, j)))
+            _give(work.f0, work.rows, n, f, at)
+            _give(work.g0, work.columns, m, g, at)
+            _plan_in_place(work, n, wide)
+            missing = splat(kind(0))
+            for i in range(0, _vectors(n, lane), lane):
+                wanted = load(work.A, i)
+                if reach > 0:
+                    wanted = wanted * exp(load(work.f0, i) * splat(kind(-1) / reach))
+                missing = missing + magnitude(wanted - load(work.u, i))
+            residual[at] = max(error, total(missing))
+            _give_plan(work, n, m, plan, at)
+            if sharp:
+                for i in range(n):
+                    height = splat(work.f0[i])
+                    for j in range(0, wide, lane):
+                        slope = load(work.C, i * wide + j) - height - load(work.g0, j)
+                        store(work.C, i * wide + j, slope)
+                    for j in range(m, wide):
+                        work.C[i * wide + j] = 0
+                _adjoint(
+                    work, n, m, epsilon / reach if reach > 0 else kind(0), kind(max(50 * precision, 0.01 * tolerance))
+                )
+                _give_gradient(work, n, m, d_cost, x, y, at, epsilon, 1)
+        start = fetch_add(counter, step)
 
 
 @_compiled
-def implicit_lot(start, stop, plan, gradient, epsilon, kappa, d_cost, x, y):
-    """The adjoint of problems ``start`` to ``stop`` for any gradient in the plan."""
+def implicit_lots(counter, step, plan, gradient, epsilon, kappa, d_cost, x, y):
+    """The adjoint of lots of ``step`` problems for any gradient in the plan."""
     kind = plan.dtype.type
     lane = lanes(plan)
     work = _workspace(plan.shape[1], plan.shape[2], plan)
     _, rows, columns = plan.shape
-    for at in range(start, stop):
-        n = m = 0
-        for i in range(rows):
-            if plan[at, i].sum() > 0:
-                work.rows[n] = i
-                n += 1
-        for j in range(columns):
-            if plan[at, :, j].sum() > 0:
-                work.columns[m] = j
-                m += 1
-        wide = _vectors(m, lane)
-        for i in range(_vectors(n, 4)):
+    start = fetch_add(counter, step)
+    while start < len(plan):
+        for at in range(start, min(start + step, len(plan))):
+            n = m = 0
+            for i in range(rows):
+                if plan[at, i].sum() > 0:
+                    work.rows[n] = i
+                    n += 1
+            for j in range(columns):
+                if plan[at, :, j].sum() > 0:
+                    work.columns[m] = j
+                    m += 1
+            wide = _vectors(m, lane)
+            for i in range(_vectors(n, 4)):
+                for j in range(wide):
+                    inside = i < n and j < m
+                    work.C[i * wide + j] = gradient[at, work.rows[i], work.columns[j]] if inside else 0
+                    work.K[i * wide + j] = plan[at, work.rows[i], work.columns[j]] if inside else 0
+            for i in range(n):
+                work.u[i] = 1
             for j in range(wide):
-                inside = i < n and j < m
-                work.C[i * wide + j] = gradient[at, work.rows[i], work.columns[j]] if inside else 0
-                work.K[i * wide + j] = plan[at, work.rows[i], work.columns[j]] if inside else 0
-        for i in range(n):
-            work.u[i] = 1
-        for j in range(wide):
-            work.v[j] = 1
-        _plan_in_place(work, n, wide)
-        _adjoint(work, n, m, kind(kappa), kind(6e-8) if plan.itemsize == 4 else kind(1.1e-16))
-        _give_gradient(work, n, m, d_cost, x, y, at, kind(epsilon), 0)
+                work.v[j] = 1
+            _plan_in_place(work, n, wide)
+            _adjoint(work, n, m, kind(kappa), kind(3e-6 if plan.itemsize == 4 else 5e-15))
+            _give_gradient(work, n, m, d_cost, x, y, at, kind(epsilon), 0)
+        start = fetch_add(counter, step)

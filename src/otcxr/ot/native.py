@@ -6,13 +6,14 @@ a core costs its share and no more, and no threading layer of numba that a fork 
 
 from __future__ import annotations
 
-import itertools
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,9 @@ from otcxr.ot.problem import Solution
 
 __all__ = ["implicit", "solve", "solve_sharp"]
 
-_solve_lot: Callable[..., None] = kernels.solve_lot
-_implicit_lot: Callable[..., None] = kernels.implicit_lot
+logger = logging.getLogger(__name__)
+_solve_lots: Callable[..., None] = kernels.solve_lots
+_implicit_lots: Callable[..., None] = kernels.implicit_lots
 _LOT_BYTES = 256 * 1024  # of cost that a thread takes from the queue at a time
 
 
@@ -32,20 +34,13 @@ def _pool(process: int, workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="otcxr-ot")
 
 
-def _share(count: int, size: int, work: Callable[[int, int], None]) -> None:
-    """Call ``work(start, stop)`` over ``count`` problems of ``size`` bytes, on as many threads as torch uses."""
+def _share(count: int, size: int, work: Callable[[Any, int], None]) -> None:
+    """Call ``work(counter, step)`` for ``count`` problems of ``size`` bytes on as many threads as torch uses."""
     step = max(1, _LOT_BYTES // max(1, size))
-    starts = itertools.count(0, step)  # next() is atomic: whoever is free takes the next lot
-
-    def run() -> None:
-        for start in starts:
-            if start >= count:
-                return
-            work(start, min(start + step, count))
-
+    counter = np.zeros(1, dtype=np.int64)
     others = min(torch.get_num_threads(), -(-count // step)) - 1
-    waiting = [_pool(os.getpid(), others).submit(run) for _ in range(others)] if others > 0 else []
-    run()
+    waiting = [_pool(os.getpid(), others).submit(work, counter, step) for _ in range(others)]
+    work(counter, step)
     for other in waiting:
         other.result()
 
@@ -70,8 +65,15 @@ def _solve(
     given = [_array(x) for x in (cost, a, b)]
     results, gradients = [x.numpy() for x in out], [x.numpy() for x in extra]
 
-    def work(start: int, stop: int) -> None:
-        _solve_lot(start, stop, *given, epsilon, reach or 0.0, max_iterations, tolerance, *results, sharp, *gradients)
+    if not kernels.solve_lots.signatures:
+        logger.info(
+            "loading the native transport; the first time on a machine it is compiled, which takes some seconds"
+        )
+
+    def work(counter: Any, step: int) -> None:
+        _solve_lots(
+            counter, step, *given, epsilon, reach or 0.0, max_iterations, tolerance, *results, sharp, *gradients
+        )
 
     _share(len(cost), cost.shape[1] * cost.shape[2] * cost.element_size(), work)
     return out, *extra
@@ -105,6 +107,6 @@ def implicit(plan: Tensor, gradient: Tensor, epsilon: float, kappa: float) -> tu
     _share(
         batch,
         n * m * plan.element_size(),
-        lambda start, stop: _implicit_lot(start, stop, *given, epsilon, kappa, *results),
+        lambda counter, step: _implicit_lots(counter, step, *given, epsilon, kappa, *results),
     )
     return out

@@ -20,12 +20,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-__all__ = ["exp", "fma", "lanes", "largest", "load", "load_part", "log", "magnitude", "maximum", "minimum", "smallest",
-           "splat", "store", "store_part", "total"]  # fmt: skip
+__all__ = ["exp", "fetch_add", "fma", "lanes", "largest", "load", "load_part", "log", "magnitude", "maximum",
+           "minimum", "smallest", "splat", "store", "store_part", "total", "where_equal"]  # fmt: skip
 
 _BYTES = 64
 _I32 = ir.IntType(32)
 _FAST = ("contract",)
+_NUMBERS = ("nnan",)
 
 
 class Vector(types.Type):
@@ -81,8 +82,10 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: An
 
 def _mask(builder: Any, vector: Vector, count: Any) -> Any:
     """Lanes below ``count``."""
-    wide = ir.VectorType(ir.IntType(64), vector.count)
+    bits = vector.scalar.bitwidth
+    wide = ir.VectorType(ir.IntType(bits), vector.count)
     places = ir.Constant(wide, list(range(vector.count)))
+    count = builder.trunc(count, ir.IntType(bits)) if bits < 64 else count
     return builder.icmp_signed("<", places, _broadcast(builder, count, wide))
 
 
@@ -145,6 +148,17 @@ def store_part(typing: Any, array: Any, offset: Any, vector: Any, count: Any) ->
     return types.void(array, types.intp, vector, types.intp), code
 
 
+@intrinsic
+def fetch_add(typing: Any, counter: Any, amount: Any) -> Any:
+    """Add to the first element of an int64 array and return what it was, safely among threads."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(counter)(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", data, arguments[1], "monotonic")
+
+    return types.int64(counter, types.int64), code
+
+
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
 
@@ -166,8 +180,9 @@ _add = _binary(lambda builder, vector, x, y: builder.fadd(x, y, flags=_FAST))
 _sub = _binary(lambda builder, vector, x, y: builder.fsub(x, y, flags=_FAST))
 _mul = _binary(lambda builder, vector, x, y: builder.fmul(x, y, flags=_FAST))
 _div = _binary(lambda builder, vector, x, y: builder.fdiv(x, y, flags=_FAST))
-maximum = _binary(lambda builder, vector, x, y: _call(builder, "maxnum", x.type, [x, y], _suffix(vector)))
-minimum = _binary(lambda builder, vector, x, y: _call(builder, "minnum", x.type, [x, y], _suffix(vector)))
+# costs and masses are numbers (checked in front): saying so makes each of these a single instruction
+maximum = _binary(lambda builder, vector, x, y: _call(builder, "maxnum", x.type, [x, y], _suffix(vector), _NUMBERS))
+minimum = _binary(lambda builder, vector, x, y: _call(builder, "minnum", x.type, [x, y], _suffix(vector), _NUMBERS))
 
 
 def _operator(sign: Any, operation: Any) -> None:
@@ -199,6 +214,16 @@ def magnitude(typing: Any, x: Any) -> Any:
 
 
 @intrinsic
+def where_equal(typing: Any, x: Any, y: Any, z: Any, rest: Any) -> Any:
+    """z where x equals y, the rest elsewhere."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.select(builder.fcmp_ordered("==", *arguments[:2]), *arguments[2:])
+
+    return x(x, x, x, x), code
+
+
+@intrinsic
 def total(typing: Any, x: Any) -> Any:
     """Sum of the lanes, in whatever order is fastest."""
 
@@ -213,7 +238,7 @@ def _reduction(name: str) -> Any:
     @intrinsic
     def reduction(typing: Any, x: Any) -> Any:
         return x.scalar(x), lambda context, builder, signature, arguments: _call(
-            builder, f"vector.reduce.{name}", _element(x), list(arguments), _suffix(x)
+            builder, f"vector.reduce.{name}", _element(x), list(arguments), _suffix(x), _NUMBERS
         )
 
     return reduction
@@ -255,7 +280,7 @@ def exp(typing: Any, x: Any) -> Any:
         integer, mantissa, bias = _layout(x)
 
         def call(name: str, *parts: Any) -> Any:
-            return _call(builder, name, kind, list(parts), suffix)
+            return _call(builder, name, kind, list(parts), suffix, _NUMBERS if name.endswith("num") else ())
 
         held = call("minnum", call("maxnum", given, _all(x, low)), _all(x, high))
         k = call("rint", builder.fmul(held, _all(x, 1 / math.log(2))))
@@ -279,7 +304,7 @@ def log(typing: Any, x: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         suffix, kind = _suffix(x), _ir(x)
         integer, mantissa, _ = _layout(x)
-        given = _call(builder, "maxnum", kind, [arguments[0], _all(x, tiny)], suffix)
+        given = _call(builder, "maxnum", kind, [arguments[0], _all(x, tiny)], suffix, _NUMBERS)
         bits = builder.bitcast(given, integer)
         # subtracting the bits of sqrt(1/2) first puts the mantissa into [sqrt(1/2), sqrt(2))
         half = 0x3F3504F3 if single else 0x3FE6A09E667F3BCD
