@@ -95,7 +95,7 @@ BAD = {
     "text for a list": (["--data.source", "phantom:8", "--views.scale", "big"], "write it as a list, such as [a, b]"),
     "negative seed": (["--data.source", "phantom:8", "--seed", "-1"], "seed must be >= 0"),
     "source missing": ([], "data.source"),
-    "later method": (["--data.source", "phantom:8", "--method.objective", "sharp"], "not available yet"),
+    "objective": (["--data.source", "phantom:8", "--method.objective", "plan"], "must be 'value' or 'sharp'"),
 }  # fmt: skip
 
 

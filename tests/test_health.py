@@ -264,6 +264,21 @@ def test_entropies_count_valid_tokens_only():
     assert all(math.isfinite(x) for x in numbers.values())
 
 
+@pytest.mark.parametrize("moved", [1.0, 0.5, 0.0])
+def test_a_plan_that_moves_only_some_mass_is_judged_by_what_it_moves(moved):
+    """Half of the positions one to one, nothing else: with soft marginals that is no collapse."""
+    batch = batch_of(6)
+    a = torch.full((6, 16), 1 / 16)
+    plan = torch.diag_embed(torch.cat((torch.full((6, 8), moved / 8), torch.zeros(6, 8)), -1))
+    numbers = observe(observed(match=Match(torch.ones(6, 16, 16), a, a, plan, None)), batch)
+    assert all(math.isfinite(x) for x in numbers.values())
+    assert numbers["mass_moved"] == pytest.approx(moved, abs=1e-6)
+    if moved:
+        assert numbers["entropy_plan"] == pytest.approx(math.log(8), rel=1e-5)
+        assert numbers["entropy_one_to_one"] == pytest.approx(math.log(8), rel=1e-5)
+        assert numbers["entropy_independent"] == pytest.approx(2 * math.log(8), rel=1e-5)
+
+
 def test_views_of_two_sizes():
     a, b = torch.full((6, 16), 1 / 16), torch.full((6, 36), 1 / 36)
     match = Match(torch.ones(6, 16, 36), a, b, a.unsqueeze(-1) * b.unsqueeze(1), None)
@@ -299,7 +314,7 @@ GOOD = {
 }  # fmt: skip
 GOOD_MATCH = {
     **GOOD, "entropy_mu": 3.4, "entropy_nu": 3.5, "entropy_plan": 4.2, "entropy_independent": 6.9,
-    "entropy_uniform": 3.58, "hits": 0.7, "exact": 0.4, "hits_by_mass": 0.75, "hits_nearest_neighbour": 0.65,
+    "entropy_one_to_one": 3.5, "mass_moved": 1.0, "entropy_uniform": 3.58, "hits": 0.7, "exact": 0.4, "hits_by_mass": 0.75, "hits_nearest_neighbour": 0.65,
     "hits_chance": 0.2,
 }  # fmt: skip
 

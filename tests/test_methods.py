@@ -14,7 +14,8 @@ from oracles import (
     cosine_cost_by_loops,
     covariance_by_loops,
     nt_xent_by_loops,
-    sinkhorn_by_loop,
+    sharp_value,
+    sinkhorn_by_newton,
     variance_by_loops,
 )
 from otcxr.data.geometry import ViewBatch
@@ -47,6 +48,9 @@ VARIANTS = {
     "pooled": replace(EXPLICIT, variance_rows=("pooled",), global_weight=1.5, mass_weight=0.0),
     "all-rows": replace(EXPLICIT, variance_rows=("pooled", "tokens", "position", "within-image"), floor=0.5),
     "no-rows": replace(EXPLICIT, variance_rows=(), centred_cost=True, global_weight=0.25),
+    "sharp": replace(EXPLICIT, objective="sharp"),
+    "soft-marginals": replace(EXPLICIT, reach=0.5, centred_cost=True),
+    "sharp-soft-marginals": replace(EXPLICIT, objective="sharp", reach=0.3),
 }
 CASES = {
     **{name: (method.build, method.settings) for name, method in METHODS.items()},
@@ -334,8 +338,13 @@ def slow_otcxr(method, batch):
     rows = [np.concatenate([x[keep] for x, keep in zip(q[v], valid[v], strict=True)]) for v in (0, 1)]
     centre = np.concatenate(rows).mean(0) if s.centred_cost else 0.0
     costs = [cosine_cost_by_loops(x - centre, y - centre) for x, y in zip(*q, strict=True)]
-    solved = [sinkhorn_by_loop(c, a, b, s.epsilon, 1e-9) for c, a, b in zip(costs, *masses, strict=True)]
-    terms = {"transport": np.mean([x.value for x in solved]), "variance": 0.0, "covariance": 0.0}
+    problems = list(zip(costs, *masses, strict=True))
+    solved = [sinkhorn_by_newton(c, a, b, s.epsilon, s.reach) for c, a, b in problems]
+    values = [
+        x.value if s.objective == "value" else sharp_value(x, c, a, b, s.reach)
+        for x, (c, a, b) in zip(solved, problems, strict=True)
+    ]
+    terms = {"transport": np.mean(values), "variance": 0.0, "covariance": 0.0}
     for v in (0, 1):
         means = np.stack([x[keep].mean(0) for x, keep in zip(q[v], valid[v], strict=True)])
         at = [q[v][valid[v][:, j], j] for j in range(q[v].shape[1])]
@@ -414,11 +423,14 @@ def test_transport_term_is_the_mean_of_values_solved_again(case):
     out = method(views(), observe=True)
     match, s = out.observed.match, method.settings
     again = sinkhorn(
-        match.cost, match.a, match.b, epsilon=s.epsilon, tolerance=s.tolerance, max_iterations=s.max_iterations
-    )
+        match.cost, match.a, match.b, epsilon=s.epsilon, tolerance=s.tolerance, max_iterations=s.max_iterations,
+        objective=s.objective, reach=s.reach,
+    )  # fmt: skip
     assert out.terms["transport"].item() == pytest.approx(again.value.mean().item(), rel=1e-5)
     torch.testing.assert_close(match.plan, again.plan, atol=1e-6, rtol=1e-4)
-    worst = (match.plan.sum(-1) - match.a).abs().sum(-1).maximum((match.plan.sum(-2) - match.b).abs().sum(-1))
+    left, right = (1.0 if s.reach is None else (-x / s.reach).exp() for x in (again.f, again.g))
+    rows, columns = match.plan.sum(-1) - match.a * left, match.plan.sum(-2) - match.b * right
+    worst = rows.abs().sum(-1).maximum(columns.abs().sum(-1))
     assert out.terms["residual"].item() == pytest.approx(worst.max().item(), abs=1e-6)
 
 
@@ -568,6 +580,7 @@ def test_a_batch_with_holes_equals_its_images_one_by_one(variant):
         for name in ("cost", "a", "b", "plan"):
             close(getattr(part, name)[0], getattr(whole, name)[i], atol=1e-9)
         values.append(sinkhorn(part.cost, part.a, part.b, epsilon=settings.epsilon, tolerance=1e-9,
+                               objective=settings.objective, reach=settings.reach,
                                max_iterations=3000).value.item())  # fmt: skip
     assert transport.item() == pytest.approx(np.mean(values), rel=1e-9)
 
@@ -605,7 +618,11 @@ def test_a_single_valid_token_takes_all_the_mass(variant):
         batch.valid[v][1, :, 16:32, 32:48] = True  # token 6
     out = stubbed(VARIANTS[variant])(batch, observe=True)
     assert out.loss.isfinite()
-    assert out.observed.match.plan[1, 6, 6].item() == pytest.approx(1)
+    match, reach = out.observed.match, VARIANTS[variant].reach
+    # one point on each side: f = g, P = exp(-f / reach) = exp((2 f - C) / epsilon)
+    moved = 1.0 if reach is None else math.exp(-match.cost[1, 6, 6].item() / (2 * reach + 0.1))
+    assert match.plan[1, 6, 6].item() == pytest.approx(moved, rel=1e-5)
+    assert match.plan[1].sum().item() == pytest.approx(moved, rel=1e-5)
 
 
 def test_masses_that_underflow_give_finite_gradients():
@@ -645,8 +662,8 @@ def test_the_global_term_does_not_overflow_in_half_precision():
         ({"epsilon": -1.0}, "epsilon .* must be > 0"),
         ({"tolerance": 0.0}, "tolerance must be > 0"),
         ({"max_iterations": 0}, "max_iterations >= 1"),
-        ({"objective": "sharp"}, "method.objective 'sharp' is not available yet; use 'value'"),
-        ({"reach": 0.3}, "method.reach is not available yet; leave it null"),
+        ({"objective": "plan"}, "method.objective must be 'value' or 'sharp', received 'plan'"),
+        ({"reach": 0.0}, "method.reach must be > 0, or null for exact marginals; received 0.0"),
     ],
 )
 def test_settings_that_make_no_sense(changes, message):

@@ -132,12 +132,17 @@ def _observe_match(match: Match, batch: ViewBatch, first_centre: float) -> dict[
     grid_s, grid_t = _grid(n, batch.views[0]), _grid(m, batch.views[1])
     valid_s, valid_t = token_valid(batch.valid[0], *grid_s), token_valid(batch.valid[1], *grid_t)
     true = correspondence(batch.geometry[0], batch.geometry[1], valid_s, valid_t, grid_s, grid_t, first_centre)
-    h_mu, h_nu, h_plan = entropy(match.a), entropy(match.b), entropy(match.plan, dims=2)
+    # with soft marginals (``reach``) some mass stays where it is: what is moved is judged by its own marginals
+    moved = match.plan.sum((-1, -2), keepdim=True)
+    plan = match.plan / moved.clamp_min(torch.finfo(match.plan.dtype).tiny)
+    h_rows, h_columns = entropy(plan.sum(-1)), entropy(plan.sum(-2))
     return {
-        "entropy_mu": float(h_mu.mean()),
-        "entropy_nu": float(h_nu.mean()),
-        "entropy_plan": float(h_plan.mean()),
-        "entropy_independent": float((h_mu + h_nu).mean()),
+        "entropy_mu": float(entropy(match.a).mean()),
+        "entropy_nu": float(entropy(match.b).mean()),
+        "entropy_plan": float(entropy(plan, dims=2).mean()),
+        "entropy_independent": float((h_rows + h_columns).mean()),
+        "entropy_one_to_one": float(torch.maximum(h_rows, h_columns).mean()),
+        "mass_moved": float(moved.mean()),
         "entropy_uniform": float(valid_s.sum(-1).double().log().mean()),
         **correspondence_score(match, true, grid_t),
     }
@@ -162,7 +167,7 @@ def verdict(now: Mapping[str, float]) -> Verdict:
     if now["spatial_diversity"] < 0.05:
         problems.append(f"spatial collapse: only {now['spatial_diversity']:.1%} of the token variance is within images")
     if "entropy_plan" in now:
-        least = max(now["entropy_mu"], now["entropy_nu"])
+        least = now["entropy_one_to_one"]
         shared = (now["entropy_independent"] - now["entropy_plan"]) / max(1e-9, now["entropy_independent"] - least)
         if shared < 0.05:
             problems.append("transport in name only: the plan is the independent coupling of the masses")

@@ -6,7 +6,8 @@
     q             token projector on z, or on z + R with ``infuse``                   (B, n, d), (B, m, d)
     C             1 - cos(q_s, q_t)                                                   (B, n, m), in [0, 2]
     P             argmin <P, C> + epsilon KL(P | mu nu^T),  P 1 = mu, P^T 1 = nu      (B, n, m)
-    L_OT          mean over the batch of the entropic value (gradient by the envelope theorem)
+    L_OT          mean over the batch of the entropic value (``objective = "value"``, envelope gradient) or of <P, C>
+                  (``"sharp"``, implicit gradient); with ``reach`` the marginals are soft, see ``otcxr.ot.sinkhorn``
 
     L = alpha L_OT + beta sum_rows [v(q_s) + v(q_t)] / 2 + eta [c(q_s) + c(q_t)]
         + global_weight (alpha |g_s - g_t|^2 / d + beta [v(g_s) + v(g_t)] / 2 + eta [c(g_s) + c(g_t)])
@@ -76,8 +77,9 @@ class OTCXRSettings:
         epsilon: Blur of the transport, in units of the cost.
         tolerance: L1 error of the marginals at which a problem is done.
         max_iterations: Limit of Sinkhorn's iterations; the residual is logged.
-        objective: "value" (entropic value). "sharp" is not available yet.
-        reach: Softness of the marginals; only null (exact) is available yet.
+        objective: "value" (entropic value, envelope gradient) or "sharp" (<P, C>, implicit gradient).
+        reach: Softness of the marginals in units of the cost (unbalanced transport): mass for which every match costs
+            more than about 2 * reach stays unmatched. null: exact marginals.
         centred_cost: Subtract the mean of all valid q of the batch before the cosine.
         alpha: Weight of the transport term.
         beta: Weight of the variance term, for each kind of row.
@@ -137,10 +139,10 @@ class OTCXRSettings:
                     raise ConfigError(f"method.{name} must be at least {least}, received {getattr(self, name)}")
         if self.temperature <= 0 or self.epsilon <= 0 or self.tolerance <= 0 or self.max_iterations < 1:
             raise ConfigError("method.temperature, epsilon and tolerance must be > 0 and max_iterations >= 1")
-        if self.objective != "value":
-            raise ConfigError(f"method.objective '{self.objective}' is not available yet; use 'value'")
-        if self.reach is not None:
-            raise ConfigError("method.reach is not available yet; leave it null (exact marginals)")
+        if self.objective not in ("value", "sharp"):
+            raise ConfigError(f"method.objective must be 'value' or 'sharp', received '{self.objective}'")
+        if self.reach is not None and not self.reach > 0:
+            raise ConfigError(f"method.reach must be > 0, or null for exact marginals; received {self.reach}")
 
 
 class _Pair(NamedTuple):

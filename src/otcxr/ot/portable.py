@@ -277,7 +277,8 @@ def _products(x: Tensor, matrices: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, 1, -1)
+    out: Tensor = torch.linalg.vector_norm(x, 1, -1)
+    return out
 
 
 def _soft_minimum(cost: Tensor, potential: Tensor, mass: Tensor, epsilon: float) -> Tensor:
