@@ -93,7 +93,7 @@ def sinkhorn_by_newton(cost, a, b, epsilon, reach=None) -> SlowTransport:
         maximise  s(f, a) + s(g, b) - eps sum(P),   s(f, a) = <a, f>,  unbalanced  reach <a, 1 - exp(-f / reach)>
 
     whose slope is what the marginals lack. Rows of the Newton system are divided by their masses, so that vanishing
-    ones do no harm; a step is at most one eps long and is halved until the dual rises or the residual falls.
+    ones do no harm; a step changes f + g by one eps at most and is halved until the dual rises or the residual falls.
     Balanced, f + t and g - t are solutions, too: <a, f> = <b, g> is chosen. The value is summed term by term.
     """
     cost, a, b = (np.asarray(x, dtype=np.float64) for x in (cost, a, b))
@@ -117,26 +117,30 @@ def sinkhorn_by_newton(cost, a, b, epsilon, reach=None) -> SlowTransport:
     blur = max(epsilon, float(np.ptp(c)) / 2)
     while True:
         keep = 1.0 if reach is None else reach / (reach + blur)
-        for _ in range(10):
-            f = -keep * blur * logsumexp((g[None, :] - c) / blur + np.log(q)[None, :], axis=1)
-            g = -keep * blur * logsumexp((f[:, None] - c) / blur + np.log(p)[:, None], axis=0)
-        now = state(f, g, blur)
-        for _ in range(200):
-            plan, wanted_a, wanted_b, dual = now
-            missing, soft = lacking(*now), 0.0 if reach is None else blur / reach
-            r, s = plan.sum(1) + soft * wanted_a + 1e-300, plan.sum(0) + soft * wanted_b + 1e-300
-            matrix = np.block([[np.eye(n), plan / r[:, None]], [plan.T / s[:, None], np.eye(len(q))]])
-            step = blur * np.linalg.lstsq(matrix, missing / np.concatenate([r, s]), rcond=1e-15)[0]
-            size = min(1.0, blur / np.abs(step).max()) if step.any() else 0.0
-            while size > 1e-6:
-                then = state(f + size * step[:n], g + size * step[n:], blur)
-                fallen = np.abs(lacking(*then)).sum() < np.abs(missing).sum()
-                if fallen or then[3] > dual + 1e-13 * abs(dual):
-                    break
-                size /= 2
-            if size <= 1e-6:
-                break  # there is no digit left to gain
-            f, g, now = f + size * step[:n], g + size * step[n:], then
+        for _ in range(20):  # sweeps and Newton in turns: the former find vanishing masses' potentials at once
+            for _ in range(10):
+                f = -keep * blur * logsumexp((g[None, :] - c) / blur + np.log(q)[None, :], axis=1)
+                g = -keep * blur * logsumexp((f[:, None] - c) / blur + np.log(p)[:, None], axis=0)
+            now = state(f, g, blur)
+            for _ in range(50):
+                plan, wanted_a, wanted_b, dual = now
+                missing, soft = lacking(*now), 0.0 if reach is None else blur / reach
+                r, s = plan.sum(1) + soft * wanted_a + 1e-300, plan.sum(0) + soft * wanted_b + 1e-300
+                matrix = np.block([[np.eye(n), plan / r[:, None]], [plan.T / s[:, None], np.eye(len(q))]])
+                step = blur * np.linalg.lstsq(matrix, missing / np.concatenate([r, s]), rcond=1e-15)[0]
+                together = np.abs(step[:n, None] + step[None, n:]).max()  # changes the plan; the rest only the ends
+                size = 1 / max(1.0, together / blur, 0.0 if reach is None else np.abs(step).max() / reach)
+                while size > 1e-6:
+                    then = state(f + size * step[:n], g + size * step[n:], blur)
+                    fallen = np.abs(lacking(*then)).sum() < np.abs(missing).sum()
+                    if fallen or then[3] > dual + 1e-13 * abs(dual):
+                        break
+                    size /= 2
+                if size <= 1e-6:
+                    break  # there is no digit left to gain
+                f, g, now = f + size * step[:n], g + size * step[n:], then
+            if np.abs(lacking(*now)).sum() <= 1e-13 * max(1.0, now[0].sum()):
+                break
         if blur == epsilon:
             break
         blur = max(epsilon, 0.7 * blur)
@@ -184,6 +188,7 @@ def plan_gradients_by_lstsq(slope, cost, a, b, epsilon, reach=None) -> tuple[np.
 
     Balanced, mass can only be moved in a and b together: da = e_i goes with db = b, which adds <b, y> to x_i where
     x and y are the gradients, centred so that <a, x> = <b, y>, which is half of what da = a with db = b gives.
+    Masses must be 0 or well above rounding: da_i / a_i is one of the numbers.
     """
     slow = sinkhorn_by_newton(cost, a, b, epsilon, reach)
     assert slow.residual <= 1e-12, slow.residual

@@ -146,6 +146,14 @@ def expected_gradients(name, cost, a, b, epsilon, reach):
     return plan_gradients_by_lstsq(PLAN_LOSSES[name][1](slow.plan), cost, a, b, epsilon, reach)
 
 
+@cache
+def batch_with_gradients(name, count, n, m, seed, zeros_a, zeros_b, epsilon, reach, dtype):
+    """A batch, and for each of its problems what the gradients are. Cached for the back ends."""
+    inputs = [x.to(dtype) for x in problem(count, n=n, m=m, seed=seed, zeros_a=zeros_a, zeros_b=zeros_b, reach=reach)]
+    alone = zip(*(x.double() for x in inputs), strict=True)
+    return inputs, [expected_gradients(name, *x, epsilon, reach) for x in alone]
+
+
 # --- the oracles themselves ------------------------------------------------------------------------------------------
 
 
@@ -249,12 +257,11 @@ def test_gradients_equal_the_dense_system(epsilon, name, reach, backend):
     loss, objective = loss_and_objective(name)
     options = {"epsilon": epsilon, "reach": reach, "objective": objective, "backend": backend, **TIGHT}
     for n, m, zeros_a, zeros_b in SHAPES:
-        inputs = problem(2, n=n, m=m, seed=n, zeros_a=zeros_a, zeros_b=zeros_b, reach=reach)
+        inputs, expected = batch_with_gradients(name, 2, n, m, n, zeros_a, zeros_b, epsilon, reach, torch.float64)
         out, got = gradients(loss, inputs, **options)
         assert out.converged.all()
         for i in range(2):
-            expected = expected_gradients(name, *(x[i] for x in inputs), epsilon, reach)
-            for one, other in zip(got, expected, strict=True):
+            for one, other in zip(got, expected[i], strict=True):
                 close(one[i], other, atol=1e-6 * (1 + np.abs(other).max()))
             if reach is None:  # the constant that the constraints leave free is shared out evenly
                 close(inputs[1][i] @ got[1][i], inputs[2][i] @ got[2][i], atol=1e-8)
@@ -443,16 +450,20 @@ def near_permutations(epsilon, objective):
 @pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.1])
 @pytest.mark.parametrize("objective", ["value", "sharp"])
 def test_float32_gradients_near_a_permutation(objective, epsilon, tolerance, backend):
-    """OT.md section 5. At 1e-3 little is promised in the masses; "sharp" multiplies what the marginals lack."""
+    """OT.md section 5. At 1e-3 little is promised in the masses; "sharp" multiplies what the marginals lack.
+
+    The gradient in the cost is measured in the sum of absolute values, like the residual: the plan's is 1.
+    """
     allowed_cost, allowed_mass = {1e-3: (3e-3, 0.1), 1e-5: (2e-4, 5e-3)}[tolerance]
     if (objective, tolerance) == ("sharp", 1e-3):
-        allowed_cost = 8e-3
+        allowed_cost = 5e-3
     inputs, expected = near_permutations(epsilon, objective)
     out, got = gradients(lambda t: t.value.sum(), inputs, epsilon=epsilon, objective=objective, tolerance=tolerance,
                          max_iterations=20_000, backend=backend)  # fmt: skip
     assert out.converged.all()
     for i in range(3):
-        assert difference(got[0][i], expected[i][0]) <= allowed_cost
+        astray = np.abs(got[0][i].double().numpy() - expected[i][0]).sum()
+        assert astray <= allowed_cost * np.abs(expected[i][0]).sum()
         for k in (1, 2):
             assert difference(got[k][i], expected[i][k], inputs[k][i]) <= allowed_mass
 
@@ -490,14 +501,13 @@ def test_equal_partners_are_matched_and_no_gradient_explodes(masses, epsilon, ob
 @pytest.mark.parametrize("name", FIVE_LOSSES)
 def test_float32_gradients_with_soft_marginals(name, reach, backend):
     loss, objective = loss_and_objective(name)
-    inputs = [x.float() for x in problem(3, n=12, m=9, seed=16, reach=reach)]
+    inputs, expected = batch_with_gradients(name, 3, 12, 9, 16, (), (), 0.05, reach, torch.float32)
     out, got = gradients(lambda t: loss(t), inputs, epsilon=0.05, reach=reach, objective=objective, tolerance=1e-5,
                          max_iterations=20_000, backend=backend)  # fmt: skip
     assert out.converged.all()
     for i in range(3):
-        expected = expected_gradients(name, *(x[i].double() for x in inputs), 0.05, reach)
-        assert difference(got[0][i], expected[0]) <= 1e-3
-        for one, other in zip(got[1:], expected[1:], strict=True):
+        assert difference(got[0][i], expected[i][0]) <= 1e-3
+        for one, other in zip(got[1:], expected[i][1:], strict=True):
             assert difference(one[i], other) <= 5e-3
 
 

@@ -372,14 +372,20 @@ def _eliminate(work, m, wide):
 
 
 @_compiled
-def _newton(work, n, m, wide, epsilon, shrink, reach, error, budget):
+def _newton(work, n, m, wide, epsilon, shrink, reach, error, budget, precision):
     """One damped Newton step on the columns. Returns the new error and the passes it took; v stays if none helps."""
     kind = work.C.dtype.type
     kappa = epsilon / reach if shrink < 1 else kind(0)
     grow = kind(1) + kappa
+    whole = kind(0)
+    for j in range(m):
+        whole += work.B[j]
+    # Levenberg's damping, in proportion to the error: clusters that hardly touch would be sent too far apart otherwise,
+    # by rounding alone in the end, and hold the others back; as it vanishes with the error, the end stays quadratic
+    damping = kind(0.1) * min(error / whole, kind(1)) + 10 * precision
     for j in range(m):
         mass = work.v[j] * work.c[j]
-        work.ground[j] = kappa * (work.h[j] + mass) + mass * kappa / grow
+        work.ground[j] = kappa * (work.h[j] + mass) + mass * (kappa / grow + damping)
         work.y[j] = 0
         work.p[j], work.q[j] = work.v[j], work.w[j]
     for j in range(m, wide):
@@ -395,10 +401,12 @@ def _newton(work, n, m, wide, epsilon, shrink, reach, error, budget):
             work.y[j] -= mean
     furthest = kind(0)
     for j in range(m):
+        if work.B[j] < kind(1e-6) * whole:  # a column with next to no mass must not hold the others back
+            work.y[j] = min(max(work.y[j], kind(-10)), kind(10))
         furthest = max(furthest, abs(work.y[j]))
     step = kind(1) if furthest <= 10 else kind(10) / furthest
     spent = 0
-    while spent < budget:
+    while spent < budget - 1:  # one is kept for the way back
         for j in range(m):
             factor = np.exp(step * work.y[j])
             work.v[j], work.w[j] = work.p[j] * factor, work.q[j] * factor
@@ -406,6 +414,10 @@ def _newton(work, n, m, wide, epsilon, shrink, reach, error, budget):
         now = _error(work, wide, epsilon, shrink, reach)
         spent += 1
         if now <= error * (1 - kind(0.25) * step):
+            if spent < budget:  # an iteration finds the potentials of columns that hardly count in S
+                _columns(work, wide, epsilon, shrink)
+                _rows(work, n, wide, epsilon, shrink)
+                return _error(work, wide, epsilon, shrink, reach), spent + 1
             return now, spent
         step *= kind(0.4)
         if step < kind(1e-3):
@@ -456,13 +468,13 @@ def _run(work, n, m, epsilon, shrink, reach, budget, tolerance, precision):
             if not slow and spent > 5:
                 slow = 5 * np.log(tolerance / error) / np.log(error / before) > newton_cost
             before = error
-            while slow and spent < budget:
+            while slow and spent < budget - 1:
                 # what neither iterations nor Newton's method improve any more has come to the end of the precision
                 stuck = stuck + 1 if error > kind(0.7) * best else 0
                 best = min(best, error)
                 if stuck > 8 and error < 1e3 * precision * m:
                     return error, spent
-                after, passes = _newton(work, n, m, wide, epsilon, shrink, reach, error, budget - spent)
+                after, passes = _newton(work, n, m, wide, epsilon, shrink, reach, error, budget - spent, precision)
                 spent += passes
                 slow = after < kind(0.9) * error
                 error = after
@@ -474,6 +486,8 @@ def _run(work, n, m, epsilon, shrink, reach, budget, tolerance, precision):
                     _rows(work, n, wide, epsilon, shrink)
                     spent += 1
                     error = _error(work, wide, epsilon, shrink, reach)
+                    if error <= tolerance or spent >= budget:
+                        return error, spent
         if spent % 10 < 2 and _too_large(work, n, m, limit):
             _absorb(work, n, m, wide, epsilon, shrink)
             continue
@@ -533,7 +547,7 @@ def _plan_in_place(work, n, wide):
 
 @_compiled
 def _image(work, n, wide, grow):
-    """q = grow c p - P^T diag(1 / (grow r)) P p; A holds -1 / (grow r)."""
+    """q = grow c p - P^T diag(1 / (grow r)) P p; A holds 1 / (grow r)."""
     kind, lane = work.C.dtype.type, lanes(work.C)
     K, p, q = work.K, work.p, work.q
     zero, grown = splat(kind(0)), splat(grow)
@@ -549,8 +563,8 @@ def _image(work, n, wide, grow):
             t1 = fma(load(K, row1 + j), x, t1)
             t2 = fma(load(K, row2 + j), x, t2)
             t3 = fma(load(K, row3 + j), x, t3)
-        t0, t1 = splat(total(t0) * work.A[i]), splat(total(t1) * work.A[i + 1])
-        t2, t3 = splat(total(t2) * work.A[i + 2]), splat(total(t3) * work.A[i + 3])
+        t0, t1 = splat(-total(t0) * work.A[i]), splat(-total(t1) * work.A[i + 1])
+        t2, t3 = splat(-total(t2) * work.A[i + 2]), splat(-total(t3) * work.A[i + 3])
         for j in range(0, wide, lane):
             x = fma(t0, load(K, row0 + j), load(q, j))
             x = fma(t1, load(K, row1 + j), x)
@@ -568,8 +582,14 @@ def _adjoint(work, n, m, kappa, accuracy):
     """
     kind, lane = work.C.dtype.type, lanes(work.C)
     wide = _vectors(m, lane)
-    zero, tiny = splat(kind(0)), kind(1e-37)
-    grow = kind(1) + kappa
+    zero, grow = splat(kind(0)), kind(1) + kappa
+    least = kind(1e-37) if work.C.itemsize == 4 else kind(1e-300)  # what holds less has nothing to say
+    for i in range(n):
+        mass = grow * work.u[i]
+        work.A[i] = kind(1) / mass if mass > least else kind(0)
+    for j in range(wide):
+        mass = grow * work.c[j]
+        work.w[j] = kind(1) / mass if mass > least else kind(0)
     for j in range(0, wide, lane):
         store(work.h, j, zero)
         store(work.y, j, zero)
@@ -587,7 +607,7 @@ def _adjoint(work, n, m, kappa, accuracy):
         shift, mass = splat(work.s[i]), zero
         for j in range(0, wide, lane):
             mass = fma(load(work.C, row + j) - shift, load(work.K, row + j), mass)
-        work.x[i] = total(mass) / max(grow * work.u[i], tiny)  # without y
+        work.x[i] = total(mass) * work.A[i]  # without y
         # h = W^T 1 - P^T x; the shift cancels up to (1 - 1 / grow), which reach leaves over
         level = splat(work.x[i] - work.s[i] * (kind(1) - kind(1) / grow))
         for j in range(0, wide, lane):
@@ -600,18 +620,16 @@ def _adjoint(work, n, m, kappa, accuracy):
         largest_h = maximum(largest_h, magnitude(load(work.h, j)))
     size = largest(largest_h)
     scale = splat(kind(1) / size if size > 0 else kind(0))
-    norms, least, grown = zero, splat(tiny), splat(grow)
+    norms = zero
     for j in range(0, wide, lane):
         h = load(work.h, j) * scale
-        p = h / maximum(grown * load(work.c, j), least)
+        p = h * load(work.w, j)
         store(work.h, j, h)
         store(work.p, j, p)
         norms = fma(h, p, norms)
     rho = total(norms)
     goal = rho * accuracy * accuracy
     done = not rho > 0
-    for i in range(n):
-        work.A[i] = kind(-1) / max(grow * work.u[i], tiny)
     for i in range(n, _vectors(n, 4)):
         work.A[i] = 0
         for j in range(0, wide, lane):
@@ -630,7 +648,7 @@ def _adjoint(work, n, m, kappa, accuracy):
             store(work.y, j, fma(alpha, load(work.p, j), load(work.y, j)))
             h = load(work.h, j) - alpha * load(work.q, j)
             store(work.h, j, h)
-            z = h / maximum(grown * load(work.c, j), least)
+            z = h * load(work.w, j)
             store(work.v, j, z)
             norms = fma(h, z, norms)
         after = total(norms)
@@ -647,12 +665,21 @@ def _adjoint(work, n, m, kappa, accuracy):
     else:
         _offsets(work, n, m, wide, kappa)
         _eliminate_offsets(work, m, wide)
+    for j in range(0, wide, lane):
+        store(work.q, j, zero)
     for i in range(n):
         row, mass = i * wide, zero
         for j in range(0, wide, lane):
             mass = fma(load(work.K, row + j), load(work.y, j), mass)
-        work.x[i] -= total(mass) / max(grow * work.u[i], tiny)
-        work.x[i] += work.s[i] / grow
+        work.x[i] += work.s[i] / grow - total(mass) * work.A[i]
+        work.x[i] = work.x[i] if work.A[i] > 0 else kind(0)
+        shift, level = splat(work.s[i]), splat(work.x[i] - work.s[i])
+        for j in range(0, wide, lane):
+            value = (load(work.C, row + j) - shift - level) * load(work.K, row + j)
+            store(work.q, j, load(work.q, j) + value)
+    # the columns once more from the rows: what next to no mass asks for does not show in any norm
+    for j in range(0, wide, lane):
+        store(work.y, j, load(work.q, j) * load(work.w, j))
 
 
 @_compiled
@@ -673,7 +700,7 @@ def _offsets(work, n, m, wide, kappa):
     for i in range(n):
         row = i * wide
         shift = splat(work.s[i])
-        scale = kind(1) / max(grow * work.u[i], kind(1e-37))
+        scale = work.A[i]
         for j in range(m):
             work.h[j] += work.K[row + j] * work.C[row + j] * kappa / grow
             weight = splat(work.K[row + j] * scale)

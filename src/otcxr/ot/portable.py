@@ -172,7 +172,7 @@ class _Batch:
         errors: Tensor | None = None  # at the last look, of each problem
         newton = False
         while True:
-            if newton:
+            if newton and budget - spent > 1:
                 spent += self._newton(budget - spent)
             else:
                 for _ in range(min(_BLOCK, budget - spent)):
@@ -243,15 +243,19 @@ class _Batch:
         error = _norm(missing)
         mass = self.v * self.c
         plan = self.kernel * self.u.unsqueeze(-1) * self.v.unsqueeze(-2)
-        ground = self.kappa * (missing + mass) + mass * (self.kappa / (1 + self.kappa))
+        # Levenberg's damping, in proportion to the error: clusters that hardly touch would be sent too far apart
+        # otherwise and hold the others back; as it vanishes with the error, the end stays quadratic
+        damping = 0.1 * (error / self.b.sum(-1)).clamp_max(1.0) + 10 * torch.finfo(error.dtype).eps
+        ground = self.kappa * (missing + mass) + mass * (self.kappa / (1 + self.kappa) + damping.unsqueeze(-1))
         y = _solve_graph(plan, ground, missing, 1 + self.kappa).to(plan.dtype)
-        y = y.where(self.b > 0, 0.0)
+        # a column with next to no mass must not hold the others back
+        y = torch.where(self.b < 1e-6 * self.b.sum(-1, keepdim=True), y.clamp(-10, 10), y).where(self.b > 0, 0.0)
         step = (10.0 / y.abs().amax(-1).clamp_min(10.0)).unsqueeze(-1)
         v, w = self.v, self.w
         waiting = torch.ones_like(error, dtype=torch.bool)
         factor = torch.ones_like(v)
         spent = 0
-        while spent < min(budget, 8):
+        while spent < min(budget - 1, 8):  # one is kept for the way back
             factor = torch.where(waiting.unsqueeze(-1), (step * y).exp(), factor)
             self.v, self.w = v * factor, w / factor
             self._rows()
@@ -264,6 +268,7 @@ class _Batch:
             factor = factor.where(~waiting.unsqueeze(-1), 1.0)
             self.v, self.w = v * factor, w / factor
             self._rows()
+            spent += 1
         if spent < budget:  # columns with next to no mass do not count in S; an iteration finds their potential
             self._columns()
             self._rows()
@@ -340,14 +345,17 @@ def implicit(plan: Tensor, gradient: Tensor, epsilon: float, kappa: float) -> tu
         h = ((slope - mean + level) * wide).sum(-2)
         y[at] = _solve_graph(wide, c[at] * (kappa * (2 + kappa) / grow), h, grow).to(y.dtype)
     x = x - _products(y, plan.mT) * inner + shift.squeeze(-1) / grow
-    x = x.where(r > 0, 0.0)
+    x = x.where(inner > 0, 0.0)
+    # the columns once more from the rows: what next to no mass asks for does not show in any norm
+    level = x - shift.squeeze(-1)
+    y = torch.mul(gradient - shift - level.unsqueeze(-1), plan).sum(-2) * outer
     d_cost = (x.unsqueeze(-1) + y.unsqueeze(-2)).sub_(gradient).mul_(plan).mul_(1 / epsilon)
     return d_cost, x, y
 
 
 def _inverse(x: Tensor) -> Tensor:
-    """1 / x, and 0 for 0."""
-    return torch.where(x > 0, x, math.inf).reciprocal()
+    """1 / x, and 0 for 0 (and for what is so small that 1 / x is infinite)."""
+    return torch.where(x > torch.finfo(x.dtype).tiny, x, math.inf).reciprocal()
 
 
 def _conjugate_gradients(plan: Tensor, inner: Tensor, outer: Tensor, diagonal: Tensor, h: Tensor) -> Tensor:
@@ -362,13 +370,14 @@ def _conjugate_gradients(plan: Tensor, inner: Tensor, outer: Tensor, diagonal: T
     goal = rho * (50 * torch.finfo(h.dtype).eps) ** 2
     for step in range(1, 31):
         image = diagonal * p - _products(_products(p, plan.mT) * inner, plan)
-        alpha = (rho * _inverse((image * p).sum(-1))).unsqueeze(-1)
+        # what has converged stands still until it leaves: further steps would only blow up its rounding
+        alpha = torch.where(rho > goal, rho * _inverse((image * p).sum(-1)), 0.0).unsqueeze(-1)
         y = y + alpha * p
         residual = residual - alpha * image
         z = outer * residual
         after = (residual * z).sum(-1)
         p = z + (after * _inverse(rho)).unsqueeze(-1) * p
-        rho = after
+        rho = torch.where(rho > goal, after, rho)
         if step % 5 == 0:
             alive = ~(rho <= goal)
             count = int(alive.sum())
