@@ -372,6 +372,16 @@ def _eliminate(work, m, wide):
 
 
 @_compiled
+def _log_sum(work, n):
+    """sum a ln s: what the rows add to the dual value, in units of epsilon."""
+    lane = lanes(work.C)
+    value = splat(work.C.dtype.type(0))
+    for i in range(0, _vectors(n, lane), lane):
+        value = fma(load(work.A, i), log(load(work.s, i)), value)
+    return total(value)
+
+
+@_compiled
 def _newton(work, n, m, wide, epsilon, shrink, reach, error, budget, precision):
     """One damped Newton step on the columns. Returns the new error and the passes it took; v stays if none helps."""
     kind = work.C.dtype.type
@@ -405,6 +415,11 @@ def _newton(work, n, m, wide, epsilon, shrink, reach, error, budget, precision):
             work.y[j] = min(max(work.y[j], kind(-10)), kind(10))
         furthest = max(furthest, abs(work.y[j]))
     step = kind(1) if furthest <= 10 else kind(10) / furthest
+    # two clusters that hardly touch have to move far before any mass does: then only the dual value tells a good step,
+    # (change of the dual) / epsilon = sum a ln s + sum b y, of which the last is 0, and its slope is <h, y>
+    slope, before = kind(0), _log_sum(work, n)
+    for j in range(m):
+        slope += work.h[j] * work.y[j]
     spent = 0
     while spent < budget - 1:  # one is kept for the way back
         for j in range(m):
@@ -413,7 +428,8 @@ def _newton(work, n, m, wide, epsilon, shrink, reach, error, budget, precision):
         _rows(work, n, wide, epsilon, shrink)
         now = _error(work, wide, epsilon, shrink, reach)
         spent += 1
-        if now <= error * (1 - kind(0.25) * step):
+        risen = shrink >= 1 and _log_sum(work, n) - before >= max(kind(0.1) * step * slope, 100 * precision)
+        if now <= error * (1 - kind(0.25) * step) or risen:
             if spent < budget:  # an iteration finds the potentials of columns that hardly count in S
                 _columns(work, wide, epsilon, shrink)
                 _rows(work, n, wide, epsilon, shrink)
@@ -472,11 +488,11 @@ def _run(work, n, m, epsilon, shrink, reach, budget, tolerance, precision):
                 # what neither iterations nor Newton's method improve any more has come to the end of the precision
                 stuck = stuck + 1 if error > kind(0.7) * best else 0
                 best = min(best, error)
-                if stuck > 8 and error < 1e3 * precision * m:
+                if stuck > 8 and error < 300 * precision:
                     return error, spent
                 after, passes = _newton(work, n, m, wide, epsilon, shrink, reach, error, budget - spent, precision)
                 spent += passes
-                slow = after < kind(0.9) * error
+                slow = after < kind(0.9) * error or passes == 2
                 error = after
                 if error <= tolerance or spent >= budget:
                     return error, spent
@@ -595,11 +611,13 @@ def _adjoint(work, n, m, kappa, accuracy):
         store(work.y, j, zero)
         store(work.p, j, zero)
         store(work.q, j, zero)
+    steepest = zero
     for i in range(n):
         row = i * wide
         top = zero
         for j in range(0, wide, lane):
             top = maximum(top, load(work.K, row + j))
+            steepest = maximum(steepest, magnitude(load(work.C, row + j)))
         top, there = splat(largest(top)), splat(kind(-np.inf))
         for j in range(0, wide, lane):
             there = maximum(there, where_equal(load(work.K, row + j), top, load(work.C, row + j), there))
@@ -659,10 +677,12 @@ def _adjoint(work, n, m, kappa, accuracy):
         rho = after
         for j in range(0, wide, lane):
             store(work.p, j, fma(beta, load(work.p, j), load(work.v, j)))
-    if done:
-        for j in range(m):
-            work.y[j] *= size
-    else:
+    # what they do to parts that hardly count in the norm nobody watches: bounded as it should be, or solved directly
+    bound = kind(20) * largest(steepest)
+    for j in range(m):
+        work.y[j] *= size
+        done = done and abs(work.y[j]) <= bound
+    if not done:
         _offsets(work, n, m, wide, kappa)
         _eliminate_offsets(work, m, wide)
     for j in range(0, wide, lane):

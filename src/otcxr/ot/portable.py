@@ -12,6 +12,8 @@ S y = h, S = diag(c) - P^T diag(1/r) P in float64. A range of the cost above 40 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from otcxr.ot.problem import Solution
 
 __all__ = ["implicit", "solve"]
 
-_CHUNK_BYTES = 8 * 1024 * 1024  # of cost worked on at once on a CPU: the kernels stay in its last cache
+_CHUNK_BYTES = 2 * 1024 * 1024  # of cost worked on at once on a CPU: the kernels stay in its caches, memory small
 _BLOCK = 5  # iterations between two looks at the errors
 _TINY = 1e-37
 _WIDTH = 40.0  # range of cost / epsilon that a kernel in single precision holds
@@ -36,14 +38,38 @@ def solve(
         torch.empty_like(cost, memory_format=torch.contiguous_format), torch.empty_like(a), torch.empty_like(b),
         cost.new_empty(batch), torch.zeros(batch, dtype=torch.int64, device=cost.device),
     )  # fmt: skip
-    size = cost.shape[1] * cost.shape[2] * cost.element_size()
-    step = max(1, _CHUNK_BYTES // size) if cost.device.type == "cpu" else max(batch, 1)
-    for start in range(0, batch, step):
-        part = slice(start, start + step)
-        _solve_chunk(
-            cost[part], a[part], b[part], epsilon, reach, max_iterations, tolerance, Solution(*(x[part] for x in out))
-        )
+    with _alone(cost):
+        for part in _chunks(cost):
+            _solve_chunk(
+                cost[part], a[part], b[part], epsilon, reach, max_iterations, tolerance,
+                Solution(*(x[part] for x in out)),
+            )  # fmt: skip
     return out
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    """The batch in parts that fit the cache of a CPU; elsewhere in one."""
+    size = max(1, x.shape[1] * x.shape[2] * x.element_size())
+    step = max(1, _CHUNK_BYTES // size) if x.device.type == "cpu" else max(1, len(x))
+    return (slice(start, start + step) for start in range(0, len(x), step))
+
+
+@contextmanager
+def _alone(x: Tensor) -> Iterator[None]:
+    """On a CPU, work in the calling thread only, and give it its helpers back afterwards.
+
+    Thousands of operations of some microseconds each end in a barrier; with one helper that another process keeps from
+    running, each barrier waits for a turn of the scheduler (seen: 10 times slower, or 300 with spinning barriers).
+    """
+    threads = torch.get_num_threads()
+    if x.device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _solve_chunk(
@@ -85,6 +111,7 @@ class _Batch:
         )  # fmt: skip
         self.at = torch.arange(count, device=cost.device)
         self.g0 = torch.zeros_like(b)
+        self.moved = False  # whether the last Newton step was good for any problem
 
     def solve(self, epsilon: float, width: float, budget: int) -> None:
         """Come down in epsilon as far as the range of the cost asks for; then until all are within tolerance."""
@@ -166,7 +193,7 @@ class _Batch:
         """Iterate until all are within tolerance; the last run writes the solutions. Returns the iterations spent."""
         m = self.cost.shape[-1]
         patience = 25 * math.sqrt(m)  # iterations that cost as much as the Newton steps instead of them (measured)
-        precision = 1e3 * m * torch.finfo(self.cost.dtype).eps
+        precision = 150 * torch.finfo(self.cost.dtype).eps
         spent = stuck = 0
         previous = best = math.inf
         errors: Tensor | None = None  # at the last look, of each problem
@@ -189,7 +216,7 @@ class _Batch:
             over = count == 0 or spent >= budget or (stuck > 8 and worst < precision)
             # how long would they take at the rate of the last block?
             if newton:
-                newton = worst < 0.9 * previous
+                newton = worst < 0.9 * previous or self.moved
             elif errors is not None:
                 rate = (errors / error).log().clamp_min(1e-6) / _BLOCK
                 left = ((error / tolerance).log() / rate).where(alive, 0.0)
@@ -207,6 +234,10 @@ class _Batch:
                 self._form()
                 self._rows()
                 spent += 1
+
+    def _log_sum(self) -> Tensor:
+        """Minus what the rows add to the dual value, in units of epsilon (``s`` holds inverse scalings)."""
+        return (self.a * self.s.log()).sum(-1)
 
     def _too_large(self) -> bool:
         extreme = [((x > _LIMIT) | (x < 1 / _LIMIT)).any() for x in (self.s, self.w)]
@@ -251,6 +282,10 @@ class _Batch:
         # a column with next to no mass must not hold the others back
         y = torch.where(self.b < 1e-6 * self.b.sum(-1, keepdim=True), y.clamp(-10, 10), y).where(self.b > 0, 0.0)
         step = (10.0 / y.abs().amax(-1).clamp_min(10.0)).unsqueeze(-1)
+        # two clusters that hardly touch have to move far before any mass does: then only the dual value tells a good
+        # step; (change of the dual) / epsilon = sum a ln s + sum b y, of which the last is 0, and its slope is <h, y>
+        slope, before = (missing * y).sum(-1), self._log_sum()
+        noise = torch.full_like(slope, 50 * torch.finfo(slope.dtype).eps)
         v, w = self.v, self.w
         waiting = torch.ones_like(error, dtype=torch.bool)
         factor = torch.ones_like(v)
@@ -261,9 +296,12 @@ class _Batch:
             self._rows()
             spent += 1
             waiting = _norm(self._missing()) > error * (1 - 0.25 * step.squeeze(-1))
+            if self.reach is None:
+                waiting &= before - self._log_sum() < torch.maximum(0.1 * step.squeeze(-1) * slope, noise)
             if not waiting.any():
                 break
             step = torch.where(waiting.unsqueeze(-1), 0.4 * step, step)
+        self.moved = not bool(waiting.all())
         if waiting.any():  # no step helped: leave those as they were, and iterate on
             factor = factor.where(~waiting.unsqueeze(-1), 1.0)
             self.v, self.w = v * factor, w / factor
@@ -297,7 +335,13 @@ def _solve_graph(plan: Tensor, ground: Tensor, h: Tensor, grow: float) -> Tensor
     S is the Laplacian of a graph with weights sum_i P_ij P_ik / (grow r_i) and ``ground`` at the nodes; its diagonal
     is formed from the weights, so that no digits are lost where they are small. With exact marginals y is 0 on average.
     """
-    plan, ground, h = plan.double(), ground.double(), h.double()
+    y = torch.empty(h.shape, dtype=torch.float64, device=h.device)
+    for part in _chunks(plan):
+        y[part] = _solve_graphs(plan[part].double(), ground[part].double(), h[part].double(), grow)
+    return y
+
+
+def _solve_graphs(plan: Tensor, ground: Tensor, h: Tensor, grow: float) -> Tensor:
     columns = plan.sum(-2)
     share = columns / columns.sum(-1, keepdim=True)
     if grow == 1:  # rounding must not feed the free constant
@@ -328,6 +372,14 @@ def implicit(plan: Tensor, gradient: Tensor, epsilon: float, kappa: float) -> tu
     shifted in every row by its value at the row's largest entry, first: where the plan is nearly a permutation the
     right-hand side is a small difference of large numbers otherwise.
     """
+    d_cost, x, y = torch.empty_like(plan), plan.new_empty(plan.shape[:2]), plan.new_empty(plan.shape[::2])
+    with _alone(plan):
+        for part in _chunks(plan):
+            d_cost[part], x[part], y[part] = _implicit_chunk(plan[part], gradient[part], epsilon, kappa)
+    return d_cost, x, y
+
+
+def _implicit_chunk(plan: Tensor, gradient: Tensor, epsilon: float, kappa: float) -> tuple[Tensor, Tensor, Tensor]:
     grow = 1 + kappa
     r, c = plan.sum(-1), plan.sum(-2)
     inner, outer = _inverse(grow * r), _inverse(grow * c)
@@ -337,7 +389,8 @@ def implicit(plan: Tensor, gradient: Tensor, epsilon: float, kappa: float) -> tu
     level = x - shift.squeeze(-1) * (1 - 1 / grow)
     h = weighted.sub_(level.unsqueeze(-1) * plan).sum(-2)
     y = _conjugate_gradients(plan, inner, outer, grow * c, h)
-    at = y.isnan().any(-1).nonzero().squeeze(-1)
+    # what they do to parts that hardly count in the norm nobody watches: bounded as it should be, or solved directly
+    at = (~(y.abs().amax(-1) <= 20 * gradient.abs().amax((-1, -2)))).nonzero().squeeze(-1)
     if len(at):
         # once more in float64, so that the sums over columns that hardly touch do not cancel to noise
         wide, slope, level = plan[at].double(), (gradient[at] - shift[at]).double(), shift[at].double() * (1 - 1 / grow)

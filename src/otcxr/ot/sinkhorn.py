@@ -324,8 +324,9 @@ def _sharp_value(plan: Tensor, cost: Tensor, a: Tensor, b: Tensor, reach: float 
     value = (plan * cost).sum((-1, -2))
     if reach is not None:
         for marginal, mass in ((plan.sum(-1), a), (plan.sum(-2), b)):
-            ratio = torch.where(marginal > 0, marginal / torch.where(mass > 0, mass, 1.0), 1.0)
-            value = value + reach * (marginal * ratio.log() - marginal + mass).sum(-1)
+            # two logarithms, as the ratio itself may be too small to be a number
+            ratio = torch.where(marginal > 0, marginal, 1.0).log() - torch.where(marginal > 0, mass, 1.0).log()
+            value = value + reach * (marginal * ratio - marginal + mass).sum(-1)
     return value
 
 
