@@ -136,7 +136,9 @@ def test_the_solution_is_the_oracles(backend, problem):
     slow = sinkhorn_by_newton(*problem[:3], **problem.options)
     assert slow.residual <= 1e-11 * max(1.0, slow.plan.sum())
     if out.converged:
-        unit = scale(problem) * max(1.0, slow.plan.sum())
+        # a constant moved between soft marginals shows in the residual only as epsilon / reach of what it is
+        stiff = 1.0 if problem.reach is None else max(1.0, problem.reach / problem.epsilon / 100)
+        unit = scale(problem) * max(1.0, slow.plan.sum()) * stiff
         close(out.plan, torch.tensor(slow.plan), 1e-7 * unit)
         close(out.value, torch.tensor(slow.value), 1e-7 * unit)
 
