@@ -314,7 +314,8 @@ GOOD = {
 }  # fmt: skip
 GOOD_MATCH = {
     **GOOD, "entropy_mu": 3.4, "entropy_nu": 3.5, "entropy_plan": 4.2, "entropy_independent": 6.9,
-    "entropy_one_to_one": 3.5, "mass_moved": 1.0, "entropy_uniform": 3.58, "hits": 0.7, "exact": 0.4, "hits_by_mass": 0.75, "hits_nearest_neighbour": 0.65,
+    "entropy_one_to_one": 3.5, "mass_moved": 1.0, "entropy_uniform": 3.58, "hits": 0.7, "exact": 0.4,
+    "hits_by_mass": 0.75, "hits_nearest_neighbour": 0.65,
     "hits_chance": 0.2,
 }  # fmt: skip
 

@@ -741,13 +741,14 @@ def _eliminate_offsets(work, m, wide):
     """
     kind, lane = work.C.dtype.type, lanes(work.C)
     M, F = work.M, work.F
+    least = kind(1e-37) if work.C.itemsize == 4 else kind(1e-300)
     for p in range(m - 1, -1, -1):
         mass = splat(kind(0))
         for j in range(0, p, lane):
             mass = mass + load_part(M, p * wide + j, p - j, kind(0))
         d = work.ground[p] + total(mass)
         M[p * wide + p] = d
-        if d <= 0:
+        if d <= least:
             continue
         for i in range(p):
             weight, flow = M[p * wide + i] / d, F[p * wide + i] / d
@@ -767,7 +768,7 @@ def _eliminate_offsets(work, m, wide):
             part = load_part(M, p * wide + j, p - j, kind(0)) * load(work.y, j)
             reached = reached + part + load_part(F, p * wide + j, p - j, kind(0))
         # a node without edges (all weights underflowed) has nothing to be compared with
-        work.y[p] = (work.h[p] + total(reached)) / d if d > 0 and (p > 0 or work.ground[0] > 0) else kind(0)
+        work.y[p] = (work.h[p] + total(reached)) / d if d > least and (p > 0 or work.ground[0] > least) else kind(0)
 
 
 @_compiled
