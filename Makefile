@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow fuzz lint format clean
 
 help:
 	@echo "make demo       phantoms -> encoder -> probe -> pictures -> report, some minutes on two cores"
 	@echo "make test       the default tests"
 	@echo "make test-slow  the slow ones too"
+	@echo "make fuzz       1,000,000 random transport problems with every back end, some minutes"
 	@echo "make lint       ruff, mypy strict, architecture test"
 
 $(READY): pyproject.toml constraints.txt
@@ -25,6 +26,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz_ot.py --problems 1000000 --seed 0
+	$(BIN)/python tests/fuzz_ot.py --problems 1000000 --seed 1
 
 lint: $(READY)
 	$(BIN)/ruff check .

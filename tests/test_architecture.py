@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "health": "methods.base data.geometry ot",
     "probes": "methods.base data runs errors",
     "settings": "methods data config errors",
-    "train": "methods nn data health probes runs settings optim config console errors",
+    "train": "methods nn ot data health probes runs settings optim config console errors",
     # judging: sees encoders, records and files, never a method
     "evaluation": EVALUATION,
     "evaluation.classify": EVALUATION,

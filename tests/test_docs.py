@@ -34,6 +34,19 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     assert tuple(scope["embedding"].shape) == (1, 512)
 
 
+def test_the_example_of_the_transport_page_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ot.md").read_text(), flags=re.DOTALL)
+    imports = [line for line in code.splitlines() if "import" in line]
+    assert all("otcxr.ot " in line or line == "import torch" for line in imports), "the example needs otcxr.ot alone"
+    scope: dict[str, object] = {}
+    exec(code, scope)
+    assert scope["moved"].shape == (32, 49, 64)
+    assert scope["ragged"].converged.all()
+    assert (scope["soft"].sum((-1, -2)) < 0.9).all()
+    assert (scope["apart"] > 0).all()
+    assert (scope["sharpness"] < 2 * 3.9).all()
+
+
 def test_the_commands_and_their_settings_exist(capsys):
     lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
     lines = [line for line in lines if line.startswith("otcxr ")]

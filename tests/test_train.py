@@ -21,6 +21,7 @@ from otcxr.data.views import ViewsConfig
 from otcxr.errors import CheckpointError, ConfigError, DataError, OtcxrError
 from otcxr.methods import METHODS
 from otcxr.nn.encoder import load_encoder
+from otcxr.ot import backends
 from otcxr.runs import Run
 from otcxr.train import (
     EncoderConfig,
@@ -63,6 +64,12 @@ def test_a_run_leaves_every_file_that_the_later_steps_read(finished):
         "encoder.json", "method.safetensors", "pairs/000.npz", "pairs/001.npz",
     }  # fmt: skip
     assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_the_environment_names_what_solved_the_transport(finished):
+    facts = Run.open(finished).read_json("environment.json")
+    assert facts["transport"] == backends("cpu")[0]
+    assert ("numba" in facts["versions"]) == ("native" in backends("cpu"))
 
 
 def test_metrics_hold_loss_terms_transport_and_verdict(finished):

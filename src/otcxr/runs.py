@@ -57,6 +57,8 @@ def describe_environment() -> dict[str, Any]:
     import torch
 
     versions = {name: metadata.version(name) for name in _PACKAGES}
+    with suppress(metadata.PackageNotFoundError):  # optional: transport is compiled where it is there
+        versions["numba"] = metadata.version("numba")
     return {
         "otcxr": __version__,
         "python": platform.python_version(),

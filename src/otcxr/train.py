@@ -26,6 +26,7 @@ from otcxr.health import observe, verdict
 from otcxr.methods import METHODS, SSLMethod
 from otcxr.nn.encoder import build_encoder, load_state
 from otcxr.optim import adamw, cosine_schedule
+from otcxr.ot import backends
 from otcxr.probes import choose_probes, write_pairs
 from otcxr.runs import Run, describe_environment
 from otcxr.settings import (
@@ -129,7 +130,9 @@ def _pretrain(config: PretrainConfig, fabric: Fabric, progress: Progress) -> Run
     run.write_config({name: value for name, value in plain.items() if name not in ("out", "resume")})
     facts = {"config_digest": identity(plain), "data_digest": images,
              "images": len(usable), "input_size": config.views.size, "source": config.data.source}  # fmt: skip
-    run.write_json("environment.json", {**describe_environment(), **facts, "device": str(fabric.device)})
+    # back ends agree to rounding only, so which one solved the transport belongs to what a run is reproduced from
+    where = {"device": str(fabric.device), "transport": backends(fabric.device.type)[0]}
+    run.write_json("environment.json", {**describe_environment(), **facts, **where})
     probes = choose_probes(collection, training, config.train.probes, config.seed)
     fit(fabric, config, method, training.records, usable, cache, run, checkpoint, facts, probes, progress)
     return run
