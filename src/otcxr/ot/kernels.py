@@ -6,7 +6,7 @@ that read the kernel once each, its own stopping, Newton's method where the iter
 
     K = exp((f0 + g0 - C) / epsilon)            formed once, and again when the scalings get too large
     s = 1 / (K v),   u = a s                    rows     (s = (K v)^-lambda exp(-(1 - lambda) f0 / epsilon) with reach)
-    w = 1 / (K^T u), v = b w                    columns  (the same with g0)
+    w = 1 / (K^T u), v = b w                    columns  (the same with g0), with momentum on ln w
     P = u K v,   f = f0 + epsilon ln s,   g = g0 + epsilon ln w
 
 **Newton.** With the rows exact, the error of the columns h = b - P^T 1 is removed by v <- v exp(t y), S y = h, with
@@ -48,7 +48,6 @@ __all__ = ["implicit_lots", "solve_lots"]
 # numba's cache on disk notices a change of this file, but not of simd.py: this line makes it one (a test checks it)
 _SIMD_DIGEST = "2993d3715fc42bf5"
 _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
-_inlined = njit(inline="always", error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
 
 
 class _Work(NamedTuple):
@@ -75,6 +74,8 @@ class _Work(NamedTuple):
     q: Any  # (m) image of the direction, and the last accepted w
     ground: Any  # (m) what the marginals give away
     x: Any  # (n) solution on the rows
+    log_w: Any  # (m) ln w
+    past: Any  # (m) ln w one iteration ago
 
 
 @_compiled
@@ -96,10 +97,10 @@ def _workspace(n, m, like):
     n, m = _vectors(n, 16), _vectors(m, lane)
     return _Work(
         _aligned(n * m, like), _aligned(n * m, like), _aligned(m * m, like), _aligned(m * m, like),
-        np.zeros(n, np.int64), np.zeros(m, np.int64),
-        _aligned(n, like), _aligned(m, like), _aligned(n, like), _aligned(m, like), _aligned(n, like),
-        _aligned(n, like), _aligned(m, like), _aligned(m, like), _aligned(m, like), _aligned(m, like),
-        _aligned(m, like), _aligned(m, like), _aligned(m, like), _aligned(m, like), _aligned(n, like),
+        np.zeros(n, np.int64), np.zeros(m, np.int64), _aligned(n, like), _aligned(m, like), _aligned(n, like),
+        _aligned(m, like), _aligned(n, like), _aligned(n, like), _aligned(m, like), _aligned(m, like),
+        _aligned(m, like), _aligned(m, like), _aligned(m, like), _aligned(m, like), _aligned(m, like),
+        _aligned(m, like), _aligned(n, like), _aligned(m, like), _aligned(m, like),
     )  # fmt: skip
 
 
@@ -177,6 +178,7 @@ def _form(work, n, wide, epsilon, shrink):
     for j in range(wide):
         work.w[j] = 1
         work.v[j] = work.B[j]
+        work.log_w[j] = work.past[j] = 0
 
 
 @_compiled
@@ -223,7 +225,7 @@ def _translate(work, n, m, reach):
         work.g0[j] -= shift
 
 
-@_inlined
+@_compiled
 def _rows(work, n, wide, epsilon, shrink):
     """One half iteration: s, u from v, and c = K^T u in the same reading of the kernel."""
     kind, lane = work.C.dtype.type, lanes(work.C)
@@ -262,7 +264,7 @@ def _rows(work, n, wide, epsilon, shrink):
             store(c, j, fma(t3, load(K, row3 + j), x))
 
 
-@_inlined
+@_compiled
 def _error(work, wide, epsilon, shrink, reach):
     """L1 error of the columns; leaves what is missing in every column in h."""
     kind, lane = work.C.dtype.type, lanes(work.C)
@@ -278,18 +280,25 @@ def _error(work, wide, epsilon, shrink, reach):
     return total(error)
 
 
-@_inlined
-def _columns(work, wide, epsilon, shrink):
-    """The other half iteration: w and v from c."""
+@_compiled
+def _columns(work, wide, epsilon, shrink, pull, momentum):
+    """The other half iteration: w and v from c. Returns nothing; 1 and 0 for ``pull`` and ``momentum`` are Sinkhorn's.
+
+    l <- l + pull (l' - l) + momentum (l - l of one iteration ago),   l = ln w,   l' = -ln c
+    """
     kind, lane = work.C.dtype.type, lanes(work.C)
-    one, tiny = splat(kind(1)), splat(kind(1e-37))
+    top, bottom = splat(kind(60)), splat(kind(-60))
+    share, keep = splat(kind(pull)), splat(kind(momentum))
     for j in range(0, wide, lane):
+        new = log(load(work.c, j)) * splat(-shrink)
         if shrink < 1:
-            power = log(load(work.c, j)) * splat(-shrink)
-            power = power - load(work.g0, j) * splat((kind(1) - shrink) / epsilon)
-            scaling = exp(maximum(minimum(power, splat(kind(40))), splat(kind(-40))))
-        else:
-            scaling = one / (load(work.c, j) + tiny)
+            new = new - load(work.g0, j) * splat((kind(1) - shrink) / epsilon)
+        now, past = load(work.log_w, j), load(work.past, j)
+        new = fma(share, new - now, fma(keep, now - past, now))
+        new = maximum(minimum(new, top), bottom)
+        store(work.past, j, now)
+        store(work.log_w, j, new)
+        scaling = exp(new)
         store(work.w, j, scaling)
         store(work.v, j, scaling * load(work.B, j))
 
@@ -416,10 +425,11 @@ def _newton(work, n, m, wide, epsilon, shrink, reach, error, budget, precision):
         furthest = max(furthest, abs(work.y[j]))
     step = kind(1) if furthest <= 10 else kind(10) / furthest
     # two clusters that hardly touch have to move far before any mass does: then only the dual value tells a good step,
-    # (change of the dual) / epsilon = sum a ln s + sum b y, of which the last is 0, and its slope is <h, y>
-    slope, before = kind(0), _log_sum(work, n)
+    # it rises by epsilon (sum of a times the change of ln s + step <b, y>), at first by epsilon step <h, y>
+    slope, linear, before = kind(0), kind(0), _log_sum(work, n)
     for j in range(m):
         slope += work.h[j] * work.y[j]
+        linear += work.B[j] * work.y[j]
     spent = 0
     while spent < budget - 1:  # one is kept for the way back
         for j in range(m):
@@ -428,10 +438,12 @@ def _newton(work, n, m, wide, epsilon, shrink, reach, error, budget, precision):
         _rows(work, n, wide, epsilon, shrink)
         now = _error(work, wide, epsilon, shrink, reach)
         spent += 1
-        risen = shrink >= 1 and _log_sum(work, n) - before >= max(kind(0.1) * step * slope, 100 * precision)
+        rise = _log_sum(work, n) - before + step * linear
+        risen = shrink >= 1 and rise >= max(kind(0.1) * step * slope, 100 * precision)
         if now <= error * (1 - kind(0.25) * step) or risen:
             if spent < budget:  # an iteration finds the potentials of columns that hardly count in S
-                _columns(work, wide, epsilon, shrink)
+                _logarithms(work, wide)
+                _columns(work, wide, epsilon, shrink, 1, 0)
                 _rows(work, n, wide, epsilon, shrink)
                 return _error(work, wide, epsilon, shrink, reach), spent + 1
             return now, spent
@@ -445,8 +457,18 @@ def _newton(work, n, m, wide, epsilon, shrink, reach, error, budget, precision):
 
 
 @_compiled
-def _too_large(work, n, m, limit):
+def _logarithms(work, wide):
+    """ln w anew, after w was set otherwise; no momentum."""
+    for j in range(0, wide, lanes(work.C)):
+        value = log(load(work.w, j))
+        store(work.log_w, j, value)
+        store(work.past, j, value)
+
+
+@_compiled
+def _too_large(work, n, m):
     """Whether a scaling has left the range in which products with it are safe."""
+    limit = work.C.dtype.type(1e12)
     for j in range(m):
         if not 1 / limit < work.w[j] < limit:
             return True
@@ -467,22 +489,32 @@ def _absorb(work, n, m, wide, epsilon, shrink):
 
 @_compiled
 def _run(work, n, m, epsilon, shrink, reach, budget, tolerance, precision):
-    """Iterate at one epsilon until the columns are within tolerance. Returns the error and the iterations spent."""
+    """Iterate at one epsilon until the columns are within tolerance. Returns the error and the iterations spent.
+
+    Near the solution an iteration takes the error of ln w times a matrix with eigenvalues from 0 to theta < 1, so a
+    step with momentum (Polyak's heavy ball) brings it down by (1 - sqrt(1 - theta)) / (1 + sqrt(1 - theta)) instead of
+    theta. theta is read off the errors, and raised while they fall more slowly than it promises; a rise of the error is
+    answered by an iteration without momentum.
+    """
     kind, lane = work.C.dtype.type, lanes(work.C)
     wide = _vectors(m, lane)
-    limit = kind(1e12)
     newton_cost = 2.5 * (m / 8 + 0.4 * m * m / n)  # in iterations, from operation counts, for a few steps
-    spent, error, before, best, stuck = 0, kind(np.inf), kind(np.inf), kind(np.inf), 0
+    spent, before, best, stuck = 0, kind(np.inf), kind(np.inf), 0
+    error, one_ago, two_ago, three_ago = kind(np.inf), kind(np.inf), kind(np.inf), kind(np.inf)
+    theta, moving, since = kind(0), False, 0  # since: iterations without a break
+    # what float32 loses in forming the residual is not to be found above the tolerance afterwards
+    goal = max(kind(0.9) * tolerance, tolerance - 4 * precision)
     while True:
         _rows(work, n, wide, epsilon, shrink)
-        spent += 1
+        spent, since = spent + 1, since + 1
+        three_ago, two_ago, one_ago = two_ago, one_ago, error
         error = _error(work, wide, epsilon, shrink, reach)
-        if error <= tolerance or spent >= budget:
+        if error <= goal or spent >= budget:
             return error, spent
-        if spent % 5 == 0:
+        if since % 5 == 0:
             slow = not error < before
-            if not slow and spent > 5:
-                slow = 5 * np.log(tolerance / error) / np.log(error / before) > newton_cost
+            if not slow and since > 5:
+                slow = 5 * np.log(goal / error) / np.log(error / before) > newton_cost
             before = error
             while slow and spent < budget - 1:
                 # what neither iterations nor Newton's method improve any more has come to the end of the precision
@@ -494,20 +526,38 @@ def _run(work, n, m, epsilon, shrink, reach, budget, tolerance, precision):
                 spent += passes
                 slow = after < kind(0.9) * error or passes == 2
                 error = after
-                if error <= tolerance or spent >= budget:
+                if error <= goal or spent >= budget:
                     return error, spent
-                before = kind(np.inf)
-                if _too_large(work, n, m, limit):
+                before, since, theta = kind(np.inf), 0, kind(0)
+                _logarithms(work, wide)
+                if _too_large(work, n, m):
                     _absorb(work, n, m, wide, epsilon, shrink)
                     _rows(work, n, wide, epsilon, shrink)
                     spent += 1
                     error = _error(work, wide, epsilon, shrink, reach)
-                    if error <= tolerance or spent >= budget:
+                    if error <= goal or spent >= budget:
                         return error, spent
-        if spent % 10 < 2 and _too_large(work, n, m, limit):
+        if spent % 10 < 2 and _too_large(work, n, m):
             _absorb(work, n, m, wide, epsilon, shrink)
+            before, since, theta = kind(np.inf), 0, kind(0)
             continue
-        _columns(work, wide, epsilon, shrink)
+        if since >= 4 and since % 4 == 0:
+            if theta == 0:
+                theta = kind(min(np.sqrt(error / two_ago), 0.995)) if error < two_ago else theta
+                moving = False
+            else:
+                root = np.sqrt(1 - theta)
+                if (error / three_ago) ** (1.0 / 3.0) > (1 - root) / (1 + root) + 0.05:
+                    theta = kind(min(theta + 0.4 * (1 - theta), 0.999))
+        if theta == 0 or error > one_ago:
+            moving = False
+            _columns(work, wide, epsilon, shrink, 1, 0)
+        elif not moving:
+            moving = True
+            _columns(work, wide, epsilon, shrink, 2 / (2 - theta), 0)
+        else:
+            root = np.sqrt(1 - theta)
+            _columns(work, wide, epsilon, shrink, 4 / (1 + root) ** 2, ((1 - root) / (1 + root)) ** 2)
 
 
 @_compiled
@@ -863,7 +913,7 @@ def solve_lots(
                     for j in range(m, wide):
                         work.C[i * wide + j] = 0
                 _adjoint(
-                    work, n, m, epsilon / reach if reach > 0 else kind(0), kind(max(50 * precision, 0.01 * tolerance))
+                    work, n, m, epsilon / reach if reach > 0 else kind(0), kind(max(50 * precision, 0.1 * tolerance))
                 )
                 _give_gradient(work, n, m, d_cost, x, y, at, epsilon, 1)
         start = fetch_add(counter, step)

@@ -2,7 +2,7 @@
 
     K = exp((f0 + g0 - C) / epsilon)            formed once, and again when the scalings get too large
     s = 1 / (K v),   u = a s                    rows     (s = (K v)^-lambda exp(-(1 - lambda) f0 / epsilon) with reach)
-    w = 1 / (K^T u), v = b w                    columns  (the same with g0)
+    w = 1 / (K^T u), v = b w                    columns  (the same with g0), with momentum on ln w
     P = u K v,   f = f0 + epsilon ln s,   g = g0 + epsilon ln w
 
 Problems that would creep are finished by Newton's method on the columns: h = b - P^T 1 is removed by v <- v exp(t y),
@@ -111,6 +111,8 @@ class _Batch:
         )  # fmt: skip
         self.at = torch.arange(count, device=cost.device)
         self.g0 = torch.zeros_like(b)
+        self.theta: Tensor | None = None  # second largest eigenvalue of an iteration, of each problem; None: not known
+        self.past: Tensor | None = None  # ln of 1 / w an iteration ago
         self.moved = False  # whether the last Newton step was good for any problem
 
     def solve(self, epsilon: float, width: float, budget: int) -> None:
@@ -149,6 +151,7 @@ class _Batch:
             self.f0 = _soft_minimum(self.cost, self.g0, self.b, self.epsilon) * self.shrink
         self.kernel = exponent.add_(self.f0.unsqueeze(-1)).mul_(1 / self.epsilon).clamp_max_(80.0).exp_()
         self.w, self.v = torch.ones_like(self.b), self.b.clone()
+        self._plain()
 
     def _translate(self, reach: float) -> None:
         """Move a constant from f0 to g0: t = reach / 2 ln(<a, exp(-f / reach)> / <b, exp(-g / reach)>), the best one.
@@ -173,8 +176,43 @@ class _Batch:
         self.c = _products(self.u, self.kernel)
 
     def _columns(self) -> None:
-        self.w = self._inverse_scaling(self.c, self.g0)
+        """The other half iteration: 1 / w and v from c, with momentum on ln w where ``theta`` is known."""
+        if self.theta is None:
+            self.w = self._inverse_scaling(self.c, self.g0)
+        else:
+            new = self._inverse_scaling(self.c, self.g0).log()
+            now = self.w.log()
+            step = self.pull * (new - now)
+            if self.past is not None:
+                step += self.momentum * (now - self.past)
+            self.past = now
+            self.w = (now + step).clamp_(-60.0, 60.0).exp_()
         self.v = self.b / self.w
+
+    def _plain(self) -> None:
+        """Iterations without momentum from here."""
+        self.theta = self.past = None
+
+    def _watch(self, error: Tensor, earlier: Tensor) -> None:
+        """Read theta off the errors, now and two iterations earlier, and set the steps by it.
+
+        Near the solution an iteration takes the error of ln w times a matrix with eigenvalues from 0 to theta < 1, so a
+        step with momentum (Polyak's heavy ball) brings it down by (1 - root) / (1 + root), root = sqrt(1 - theta),
+        instead of theta. theta is raised while the error falls more slowly than that; a rise of the error is answered
+        by iterations without momentum.
+        """
+        rate = (error / earlier.clamp_min(_TINY)).sqrt()
+        if self.theta is None:
+            theta = rate.clamp_max(0.995).where(rate < 1, 0.0)
+        else:
+            root = (1 - self.theta).sqrt()
+            higher = (self.theta + 0.4 * (1 - self.theta)).clamp_max(0.999)
+            theta = torch.where(rate > (1 - root) / (1 + root) + 0.05, higher, self.theta)
+        root = (1 - theta).sqrt().unsqueeze(-1)
+        moving = (rate < 1).unsqueeze(-1)
+        self.theta = theta
+        self.pull = torch.where(moving, 4 / (1 + root).square(), 1.0)
+        self.momentum = torch.where(moving, ((1 - root) / (1 + root)).square(), 0.0)
 
     def _inverse_scaling(self, d: Tensor, potential: Tensor) -> Tensor:
         if self.reach is None:
@@ -192,37 +230,48 @@ class _Batch:
     def _run(self, budget: int, tolerance: float, before: int, *, last: bool) -> int:
         """Iterate until all are within tolerance; the last run writes the solutions. Returns the iterations spent."""
         m = self.cost.shape[-1]
-        patience = 25 * math.sqrt(m)  # iterations that cost as much as the Newton steps instead of them (measured)
+        patience = 100 + 25 * math.sqrt(
+            m
+        )  # iterations that cost as much as the Newton steps instead of them (measured)
         precision = 150 * torch.finfo(self.cost.dtype).eps
+        # what the dtype loses in forming the residual is not to be found above the tolerance afterwards
+        goal = max(0.9 * tolerance, tolerance - 2 * torch.finfo(self.cost.dtype).eps)
         spent = stuck = 0
         previous = best = math.inf
         errors: Tensor | None = None  # at the last look, of each problem
         newton = False
         while True:
+            earlier = None
             if newton and budget - spent > 1:
+                self._plain()
                 spent += self._newton(budget - spent)
             else:
-                for _ in range(min(_BLOCK, budget - spent)):
+                count = min(_BLOCK, budget - spent)
+                for step in range(count):
                     if spent > 0:
                         self._columns()
                     self._rows()
                     spent += 1
+                    if step == count - 3:
+                        earlier = _norm(self._missing())
             error = _norm(self._missing())
-            alive = ~(error <= tolerance)
-            worst, count = float(error.max()), int(alive.sum())
+            if earlier is not None:
+                self._watch(error, earlier)
+            alive = ~(error <= goal)
+            worst, left = float(error.max()), int(alive.sum())
             # what neither iterations nor Newton's method improve any more is at the end of the precision
             stuck = stuck + 1 if newton and not worst < 0.7 * best else 0
             best = min(best, worst)
-            over = count == 0 or spent >= budget or (stuck > 8 and worst < precision)
+            over = left == 0 or spent >= budget or (stuck > 8 and worst < precision)
             # how long would they take at the rate of the last block?
             if newton:
                 newton = worst < 0.9 * previous or self.moved
             elif errors is not None:
                 rate = (errors / error).log().clamp_min(1e-6) / _BLOCK
-                left = ((error / tolerance).log() / rate).where(alive, 0.0)
-                newton = not float(left.sum()) <= patience * count
+                missing = ((error / goal).log() / rate).where(alive, 0.0)
+                newton = not float(missing.sum()) <= patience * left
             errors, previous = None if newton else error, worst
-            if last and (over or count <= (0.99 if newton else 0.6) * len(alive)):
+            if last and (over or left <= (0.99 if newton else 0.6) * len(alive)):
                 self._give(torch.ones_like(alive) if over else ~alive, error, before + spent)
                 if not over:
                     self._keep(alive)
@@ -247,6 +296,9 @@ class _Batch:
         at = alive.nonzero().squeeze(-1)
         for name in ("cost", "a", "b", "g0", "f0", "kernel", "w", "v", "s", "u", "c", "at"):
             setattr(self, name, getattr(self, name).index_select(0, at))
+        for name in ("theta", "past", "pull", "momentum"):
+            if self.theta is not None and getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).index_select(0, at))
 
     def _give(self, which: Tensor, error: Tensor, spent: int) -> None:
         """Write the solution of some of the problems to their places."""
@@ -283,8 +335,8 @@ class _Batch:
         y = torch.where(self.b < 1e-6 * self.b.sum(-1, keepdim=True), y.clamp(-10, 10), y).where(self.b > 0, 0.0)
         step = (10.0 / y.abs().amax(-1).clamp_min(10.0)).unsqueeze(-1)
         # two clusters that hardly touch have to move far before any mass does: then only the dual value tells a good
-        # step; (change of the dual) / epsilon = sum a ln s + sum b y, of which the last is 0, and its slope is <h, y>
-        slope, before = (missing * y).sum(-1), self._log_sum()
+        # step: it rises by epsilon (sum of a times the change of ln s + step <b, y>), at first by epsilon step <h, y>
+        slope, linear, before = (missing * y).sum(-1), (self.b * y).sum(-1), self._log_sum()
         noise = torch.full_like(slope, 50 * torch.finfo(slope.dtype).eps)
         v, w = self.v, self.w
         waiting = torch.ones_like(error, dtype=torch.bool)
@@ -297,7 +349,8 @@ class _Batch:
             spent += 1
             waiting = _norm(self._missing()) > error * (1 - 0.25 * step.squeeze(-1))
             if self.reach is None:
-                waiting &= before - self._log_sum() < torch.maximum(0.1 * step.squeeze(-1) * slope, noise)
+                rise = before - self._log_sum() + step.squeeze(-1) * linear
+                waiting &= rise < torch.maximum(0.1 * step.squeeze(-1) * slope, noise)
             if not waiting.any():
                 break
             step = torch.where(waiting.unsqueeze(-1), 0.4 * step, step)
@@ -307,6 +360,7 @@ class _Batch:
             self.v, self.w = v * factor, w / factor
             self._rows()
             spent += 1
+        self._plain()
         if spent < budget:  # columns with next to no mass do not count in S; an iteration finds their potential
             self._columns()
             self._rows()
