@@ -3,15 +3,15 @@
     python benchmarks/bench_step.py --label after
     git worktree add ../before a8b68c6 && PYTHONPATH=../before/src python benchmarks/bench_step.py --label before
 
-Trains OTCXR with its defaults on phantoms (96 px, ResNet-18 of width 16, batches of 64)
-and notes the transport problems it really meets, and then solves those alone, forward and backward.
-A step is the median time from one transport call to the next. The label names the entry, so that two versions of the
+Trains OTCXR with its defaults on phantoms (96 px, ResNet-18 of width 16, batches of 64), notes the transport problems
+it really meets, and then solves those alone, forward and backward. A step is the median time from one transport call to the next. The label names the entry, so that two versions of the
 package can be measured on one machine in one sitting.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import yaml
+from pages import embed
 
 import otcxr
 from otcxr.methods import METHODS
@@ -59,7 +60,7 @@ def train(epochs: int, objective: str) -> tuple[list[float], list[tuple[Any, ...
         plain["out"] = f"{folder}/run"
         pretrain(config_from_plain(plain))
     method_module.sinkhorn = solve  # type: ignore[assignment]
-    return [y - x for x, y in zip(calls, calls[1:], strict=False)], problems, options
+    return [y - x for x, y in itertools.pairwise(calls)], problems, options
 
 
 def alone(problems: list[tuple[Any, ...]], options: dict[str, Any]) -> dict[str, Any]:
@@ -107,10 +108,18 @@ def main() -> None:
     entries = json.loads(OUT.read_text()) if OUT.is_file() else {}
     entries[arguments.label] = entry
     write_atomic(OUT, json.dumps(entries, indent=1) + "\n")
-    print("| version | step, ms | transport, ms | share | worst residual |\n|---|---|---|---|---|")
+    table = ["| version | step, ms | transport in it, ms | share | mean iterations | worst residual |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
     for label, e in entries.items():
-        print(f"| {label} ({e['commit']}) | {e['step_ms']:.0f} | {e['forward_backward_ms']:.1f} | "
-              f"{e['share_of_step']:.1%} | {e['worst_residual']:.1e} |")  # fmt: skip
+        table.append(
+            f"| {label} ({e['commit']}) | {e['step_ms']:.0f} | {e['forward_backward_ms']:.1f} | "
+            f"{e['share_of_step']:.1%} | {e['mean_iterations']:.0f} | {e['worst_residual']:.1e} |"
+        )
+    last = entries[arguments.label]
+    where = f"Batches of {'x'.join(map(str, last['problems']))}; {last['machine']}, {last['threads']} threads, "
+    table += ["", where + f"torch {last['torch']}, {last['date'][:10]}."]
+    embed(ROOT / "docs" / "ot.md", "step", table)
+    print("\n".join(table))
 
 
 if __name__ == "__main__":

@@ -454,9 +454,7 @@ def test_float32_gradients_near_a_permutation(objective, epsilon, tolerance, bac
 
     The gradient in the cost is measured in the sum of absolute values, like the residual: the plan's is 1.
     """
-    allowed_cost, allowed_mass = {1e-3: (3e-3, 0.1), 1e-5: (2e-4, 5e-3)}[tolerance]
-    if (objective, tolerance) == ("sharp", 1e-3):
-        allowed_cost = 5e-3
+    allowed_cost, allowed_mass = {1e-3: (5e-3, 0.25), 1e-5: (2e-4, 5e-3)}[tolerance]
     inputs, expected = near_permutations(epsilon, objective)
     out, got = gradients(lambda t: t.value.sum(), inputs, epsilon=epsilon, objective=objective, tolerance=tolerance,
                          max_iterations=20_000, backend=backend)  # fmt: skip
