@@ -4,8 +4,8 @@
     git worktree add ../before a8b68c6 && PYTHONPATH=../before/src python benchmarks/bench_step.py --label before
 
 Trains OTCXR with its defaults on phantoms (96 px, ResNet-18 of width 16, batches of 64), notes the transport problems
-it really meets, and then solves those alone, forward and backward. A step is the median time from one transport call to the next. The label names the entry, so that two versions of the
-package can be measured on one machine in one sitting.
+it really meets, and then solves those alone, forward and backward. A step is the median time from one transport call to
+the next. The label names the entry, so that two versions of the package can be measured on one machine in one sitting.
 """
 
 from __future__ import annotations
