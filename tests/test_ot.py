@@ -419,6 +419,66 @@ def test_autocast_changes_nothing(dtype):
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(leaves, cast_leaves, strict=True))
 
 
+@pytest.mark.parametrize("objective", ["value", "sharp"])
+def test_backward_and_map_under_autocast_stay_in_float32(objective):
+    cost, a, b = problem(3, n=10, m=12, dtype=torch.float32)
+    y = torch.randn(3, 12, 4, generator=generator(1))
+
+    def run():
+        leaves = [t.clone().requires_grad_() for t in (cost, a, b)]
+        out = sinkhorn(*leaves, epsilon=0.1, objective=objective)
+        moved = out.map(y)
+        assert moved.dtype == torch.float32
+        return moved, *torch.autograd.grad(out.value.sum() + moved.square().sum(), leaves)
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run()
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_a_permutation_do_not_underflow():
+    """The off-diagonal plan is 4e-25; its square is no float32, but what the potentials differ by hangs on it."""
+    cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        mass = torch.tensor([0.5, 0.5], dtype=dtype, requires_grad=True)
+        out = sinkhorn(cost.to(dtype), mass, epsilon=0.018)
+        (gradient,) = torch.autograd.grad((out.plan * torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=dtype)).sum(), mass)
+        gradients.append(gradient[0] - gradient[1])
+    assert abs(float(gradients[1])) == pytest.approx(0.5, rel=1e-6)
+    assert float(gradients[0]) == pytest.approx(float(gradients[1]), rel=1e-4)
+
+
+def test_map_of_a_vanishing_mass_has_finite_gradients():
+    leaves = [x.requires_grad_() for x in (torch.rand(2, 3), torch.tensor([1e-42, 1 - 1e-42]), torch.full((3,), 1 / 3))]
+    out = sinkhorn(*leaves, epsilon=0.1)
+    gradients = torch.autograd.grad(out.map(torch.rand(3, 2)).sum(), leaves)
+    assert all(x.isfinite().all() for x in gradients)
+
+
+def test_huge_costs_at_absent_positions_leave_sharp_gradients_alone():
+    cost, a, b = problem(2, n=6, m=8, zeros_a=[0], zeros_b=[2], dtype=torch.float32, seed=3)
+    far = cost.clone()
+    far[:, 0], far[:, :, 2] = 1e6, -1e6
+    results = []
+    for given in (cost, far):
+        leaves = [x.clone().requires_grad_() for x in (given, a, b)]
+        results.append(torch.autograd.grad(sinkhorn(*leaves, objective="sharp").value.sum(), leaves))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_masses_in_any_memory_order():
+    cost, a, b = problem(4, n=6, m=6, dtype=torch.float32)
+    turned = [x.T.contiguous().T for x in (a, b)]
+    assert not turned[0].is_contiguous()
+    expected, got = sinkhorn(cost, a, b), sinkhorn(cost, *turned)
+    for name in ("plan", "value", "f", "g"):
+        close(getattr(got, name), getattr(expected, name), atol=1e-6)
+
+
 def test_strided_tensors():
     cost, a, b = problem(4, n=6, m=6, seed=25)
     wide = torch.empty(6, 12, 8, dtype=torch.float64)[:, ::2, ::2].permute(2, 0, 1)

@@ -392,7 +392,7 @@ def _log_sum(work, n):
 
 @_compiled
 def _newton(work, n, m, wide, epsilon, shrink, reach, error, budget, precision):
-    """One damped Newton step on the columns. Returns the new error and the passes it took; v stays if none helps."""
+    """One damped Newton step on the columns. Returns the new error, the passes it took, whether a step was taken."""
     kind = work.C.dtype.type
     kappa = epsilon / reach if shrink < 1 else kind(0)
     grow = kind(1) + kappa
@@ -441,19 +441,18 @@ def _newton(work, n, m, wide, epsilon, shrink, reach, error, budget, precision):
         rise = _log_sum(work, n) - before + step * linear
         risen = shrink >= 1 and rise >= max(kind(0.1) * step * slope, 100 * precision)
         if now <= error * (1 - kind(0.25) * step) or risen:
-            if spent < budget:  # an iteration finds the potentials of columns that hardly count in S
-                _logarithms(work, wide)
-                _columns(work, wide, epsilon, shrink, 1, 0)
-                _rows(work, n, wide, epsilon, shrink)
-                return _error(work, wide, epsilon, shrink, reach), spent + 1
-            return now, spent
+            # an iteration finds the potentials of columns that hardly count in S
+            _logarithms(work, wide)
+            _columns(work, wide, epsilon, shrink, 1, 0)
+            _rows(work, n, wide, epsilon, shrink)
+            return _error(work, wide, epsilon, shrink, reach), spent + 1, True
         step *= kind(0.4)
         if step < kind(1e-3):
             break
     for j in range(m):
         work.v[j], work.w[j] = work.p[j], work.q[j]
     _rows(work, n, wide, epsilon, shrink)
-    return _error(work, wide, epsilon, shrink, reach), spent + 1
+    return _error(work, wide, epsilon, shrink, reach), spent + 1, False
 
 
 @_compiled
@@ -473,7 +472,8 @@ def _too_large(work, n, m):
         if not 1 / limit < work.w[j] < limit:
             return True
     for i in range(n):  # noqa: SIM110  # numba compiles no generators
-        if not 1 / limit < work.s[i] < limit:
+        # next to no mass may ask for any scaling, and u = a s is small all the same
+        if work.A[i] > 1e-9 and not 1 / limit < work.s[i] < limit:
             return True
     return False
 
@@ -522,9 +522,11 @@ def _run(work, n, m, epsilon, shrink, reach, budget, tolerance, precision):
                 best = min(best, error)
                 if stuck > 8 and error < 300 * precision:
                     return error, spent
-                after, passes = _newton(work, n, m, wide, epsilon, shrink, reach, error, budget - spent, precision)
+                after, passes, taken = _newton(
+                    work, n, m, wide, epsilon, shrink, reach, error, budget - spent, precision
+                )
                 spent += passes
-                slow = after < kind(0.9) * error or passes == 2
+                slow = taken and (after < kind(0.9) * error or passes == 2)  # 2: the first one was good
                 error = after
                 if error <= goal or spent >= budget:
                     return error, spent
@@ -733,6 +735,8 @@ def _adjoint(work, n, m, kappa, accuracy):
         work.y[j] *= size
         done = done and abs(work.y[j]) <= bound
     if not done:
+        for j in range(0, wide, lane):
+            store(work.y, j, zero)
         _offsets(work, n, m, wide, kappa)
         _eliminate_offsets(work, m, wide)
     for j in range(0, wide, lane):

@@ -54,11 +54,11 @@ def _solve(
     sharp: bool,
 ) -> tuple[Solution, Tensor, Tensor, Tensor]:  # fmt: skip
     out = Solution(
-        torch.empty(cost.shape, dtype=cost.dtype), torch.empty_like(a), torch.empty_like(b),
-        cost.new_empty(len(cost)), torch.zeros(len(cost), dtype=torch.int64),
+        cost.new_empty(cost.shape), a.new_empty(a.shape), b.new_empty(b.shape),
+        cost.new_empty(len(cost)), torch.zeros(len(cost), dtype=torch.int64, device=cost.device),
     )  # fmt: skip
     extra = (
-        (torch.empty(cost.shape, dtype=cost.dtype), torch.empty_like(a), torch.empty_like(b))
+        (cost.new_empty(cost.shape), a.new_empty(a.shape), b.new_empty(b.shape))
         if sharp
         else (cost.new_empty(1, 1, 1), cost.new_empty(1, 1), cost.new_empty(1, 1))
     )
@@ -102,7 +102,7 @@ def implicit(plan: Tensor, gradient: Tensor, epsilon: float, kappa: float) -> tu
     [(1 + kappa) diag(r), P; P^T, (1 + kappa) diag(c)] (x, y) = (W 1, W^T 1),   W = G * P,  r = P 1,  c = P^T 1
     """
     batch, n, m = plan.shape
-    out = torch.empty(plan.shape, dtype=plan.dtype), plan.new_empty(batch, n), plan.new_empty(batch, m)
+    out = plan.new_empty(plan.shape), plan.new_empty(batch, n), plan.new_empty(batch, m)
     given, results = [_array(plan), _array(gradient)], [x.numpy() for x in out]
     _share(
         batch,

@@ -236,7 +236,7 @@ class _Batch:
         precision = 150 * torch.finfo(self.cost.dtype).eps
         # what the dtype loses in forming the residual is not to be found above the tolerance afterwards
         goal = max(0.9 * tolerance, tolerance - 2 * torch.finfo(self.cost.dtype).eps)
-        spent = stuck = 0
+        spent = stuck = blocks = 0
         previous = best = math.inf
         errors: Tensor | None = None  # at the last look, of each problem
         newton = False
@@ -278,7 +278,8 @@ class _Batch:
                     errors = None if errors is None else errors[alive]
             if over:
                 return spent
-            if (newton or spent % (2 * _BLOCK) == 0) and spent < budget and self._too_large():
+            blocks += 1
+            if (newton or blocks % 2 == 0) and spent < budget and self._too_large():
                 self.g0 = self._g()
                 self._form()
                 self._rows()
@@ -289,7 +290,9 @@ class _Batch:
         return (self.a * self.s.log()).sum(-1)
 
     def _too_large(self) -> bool:
-        extreme = [((x > _LIMIT) | (x < 1 / _LIMIT)).any() for x in (self.s, self.w)]
+        # next to no mass may ask for any scaling, and u = a s is small all the same
+        rows = torch.where(self.a > 1e-9, self.s, 1.0)
+        extreme = [((x > _LIMIT) | (x < 1 / _LIMIT)).any() for x in (rows, self.w)]
         return bool(extreme[0] | extreme[1])
 
     def _keep(self, alive: Tensor) -> None:
@@ -411,9 +414,9 @@ def _solve_graphs(plan: Tensor, ground: Tensor, h: Tensor, grow: float) -> Tenso
     system.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
     scale = diagonal.rsqrt()
     system = system * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    factor, _ = torch.linalg.cholesky_ex(system)
+    factor, failed = torch.linalg.cholesky_ex(system)
     y = torch.cholesky_solve((h * scale).unsqueeze(-1), factor).squeeze(-1) * scale
-    y = y.nan_to_num(0.0, 0.0, 0.0)
+    y = y.where(failed.unsqueeze(-1) == 0, 0.0).nan_to_num(0.0, 0.0, 0.0)
     return y - (share * y).sum(-1, keepdim=True) if grow == 1 else y
 
 
@@ -436,6 +439,8 @@ def implicit(plan: Tensor, gradient: Tensor, epsilon: float, kappa: float) -> tu
 def _implicit_chunk(plan: Tensor, gradient: Tensor, epsilon: float, kappa: float) -> tuple[Tensor, Tensor, Tensor]:
     grow = 1 + kappa
     r, c = plan.sum(-1), plan.sum(-2)
+    if not ((r > 0).all() and (c > 0).all()):  # what stands at absent positions does not matter
+        gradient = gradient.where((r > 0).unsqueeze(-1) & (c > 0).unsqueeze(-2), 0.0)
     inner, outer = _inverse(grow * r), _inverse(grow * c)
     shift = gradient.gather(-1, plan.argmax(-1, keepdim=True))
     weighted = (gradient - shift).mul_(plan)
@@ -470,6 +475,8 @@ def _conjugate_gradients(plan: Tensor, inner: Tensor, outer: Tensor, diagonal: T
 
     Problems leave the batch as they converge; NaN for those that do not within 30 steps.
     """
+    size = h.abs().amax(-1, keepdim=True)  # its square may be below the smallest number for a near permutation
+    h = h / size.where(size > 0, 1.0)
     solution = torch.full_like(h, math.nan)
     at = torch.arange(len(h), device=h.device)
     y, residual, p = torch.zeros_like(h), h, outer * h
@@ -495,4 +502,4 @@ def _conjugate_gradients(plan: Tensor, inner: Tensor, outer: Tensor, diagonal: T
                 parts = plan, inner, outer, diagonal, y, residual, p, rho, goal, at
                 left = alive.nonzero().squeeze(-1)
                 plan, inner, outer, diagonal, y, residual, p, rho, goal, at = (x.index_select(0, left) for x in parts)
-    return solution
+    return solution * size

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from otcxr.ot.costs import at_least_float32
+
 __all__ = ["pad_problems"]
 
 
@@ -36,7 +38,7 @@ def pad_problems(
         column = []
         for i, cost in enumerate(costs):
             size = cost.shape[side]
-            mass = cost.new_full((size,), 1.0 / size) if given is None else given[i]
+            mass = at_least_float32(cost).new_full((size,), 1.0 / size) if given is None else given[i]
             if tuple(mass.shape) != (size,):
                 raise ValueError(
                     f"{name} {i} has shape {tuple(mass.shape)} but cost {i} {tuple(cost.shape)} needs ({size},)"

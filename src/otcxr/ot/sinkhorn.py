@@ -78,7 +78,8 @@ def sinkhorn(
             diffuse ones.
         reach: Softness of the marginals in the unit of ``cost``: mass for which every way costs more than about
             2 * reach stays unmatched. None: exact marginals. The cost must not be below -reach then.
-        max_iterations: Passes over a problem's kernel after which it is given back as it stands.
+        max_iterations: Passes over a problem's kernel after which it is given back as it stands. (With ``reach``, three
+            exact sweeps at each level of epsilon come before and do not count.)
         tolerance: L1 error of the worse marginal at which a problem is done. Against a exp(-f / reach) with ``reach``.
         objective: "value" or "sharp", see above.
         backend: "portable", "native" or "triton"; None takes the fastest that is installed and fits the device.
@@ -108,7 +109,7 @@ def sinkhorn(
         solver = _solver(backend, cost)
         _check_cost(cost, a.detach(), b.detach(), reach)
         out: tuple[Tensor, ...] = _Solve.apply(  # type: ignore[no-untyped-call]
-            cost, a, b, solver, epsilon, reach, max_iterations, tolerance, objective
+            cost, a, b, solver, epsilon, reach, max_iterations, tolerance, objective, torch.is_grad_enabled()
         )
     return Transport(*out)
 
@@ -193,7 +194,9 @@ def _check_cost(cost: Tensor, a: Tensor, b: Tensor, reach: float | None) -> None
     # one pass when all is well: a sum is finite unless something in it is not (or it overflows, which is told apart)
     if not flat.sum().isfinite() and not flat.isfinite().all():
         first = int((~flat.flatten(1).isfinite().all(-1)).nonzero()[0])
-        raise ValueError(f"cost must be finite; sample {first} holds NaN or infinity (mark absent positions by mass 0)")
+        raise ValueError(
+            f"cost must be finite; sample {first} holds NaN or infinity: give absent positions mass 0 and a finite cost"
+        )
     if reach is None:
         return
     # what stands where there is no mass does not matter
@@ -221,9 +224,10 @@ class _Solve(torch.autograd.Function):
         max_iterations: int,
         tolerance: float,
         objective: str,
+        with_gradient: bool,
     ) -> tuple[Tensor, ...]:
         batch, (n, m) = cost.shape[:-2], cost.shape[-2:]
-        needed = any(ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
+        needed = with_gradient and any(ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
         flat = cost.reshape(-1, n, m), a.reshape(-1, n), b.reshape(-1, m)
         numbers = epsilon, reach, max_iterations, tolerance
         sharp: tuple[Tensor, ...] = ()
@@ -255,7 +259,7 @@ class _Solve(torch.autograd.Function):
         plan, a, b, *prepared = ctx.saved_tensors  # type: ignore[attr-defined]
         needed = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
         out: list[Tensor | None] = [None, None, None]
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(plan.device.type, enabled=False):
             if grads[1] is not None:
                 weight = grads[1].detach()
                 parts = prepared if len(prepared) == 3 else (plan, *prepared)
@@ -275,7 +279,7 @@ class _Solve(torch.autograd.Function):
             refused = _Refuse.apply(*(out[i].detach().requires_grad_() for i in at))  # type: ignore[no-untyped-call, union-attr]
             for i, part in zip(at, refused, strict=True):
                 out[i] = part
-        return *out, None, None, None, None, None, None
+        return *out, None, None, None, None, None, None, None
 
 
 class _Refuse(torch.autograd.Function):

@@ -50,9 +50,10 @@ class Transport(NamedTuple):
                 f"y has shape {tuple(y.shape)} but plan {tuple(self.plan.shape)} needs "
                 f"{(*self.plan.shape[:-2], self.plan.shape[-1])} and one more dimension"
             )
-        mass = self.plan.sum(-1, keepdim=True)
-        present = mass > 0
-        return torch.where(present, self.plan @ y.to(self.plan.dtype) / torch.where(present, mass, 1.0), 0.0)
+        with torch.autocast(self.plan.device.type, enabled=False):
+            mass = self.plan.sum(-1, keepdim=True)
+            present = mass > 1e7 * torch.finfo(mass.dtype).tiny  # below, 1 / mass would overflow in the gradient
+            return torch.where(present, self.plan @ y.to(self.plan.dtype) / torch.where(present, mass, 1.0), 0.0)
 
     def entropy(self) -> Tensor:
         """Shannon entropy of the plan in nats, (...,): ln n for a one-to-one plan of n equal masses, H(a) + H(b) for
