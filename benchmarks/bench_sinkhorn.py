@@ -840,6 +840,8 @@ def grid(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def write_table(out: Path) -> None:
     """Write the Markdown table beside the folder from the cells in it, and print the summary."""
+    from pages import embed
+
     from otcxr.runs import write_atomic
 
     cells = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
@@ -878,6 +880,8 @@ def write_table(out: Path) -> None:
         *table_origin(cells),
     ]
     write_atomic(out.with_suffix(".md"), "\n".join(text))
+    if out.resolve() == ROOT / "docs" / "results" / "sinkhorn":
+        embed(ROOT / "docs" / "ot.md", "measured", [*table_short(speed), *summary, *table_origin(cells)[-2:]])
     print("\n".join(summary))
 
 
@@ -899,6 +903,32 @@ def ratios(speed: list[dict[str, Any]], name: str, objective: str, roles: tuple[
 def mean(values: list[float]) -> float:
     """Geometric mean; 0 if one of them is 0."""
     return statistics.geometric_mean(values) if values and min(values) > 0 else 0.0
+
+
+def table_short(speed: list[dict[str, Any]]) -> list[str]:
+    """Ours beside the fastest peer, on one thread."""
+    header = ["batch, epsilon", "error"]
+    header += [f"{objective}: {who}" for objective in OBJECTIVES for who in ("portable", "native", "fastest peer")]
+    rows = []
+    for target in (1e-3, 1e-5):
+        for cell in speed:
+            groups = {g["objective"]: g for g in cell["groups"] if g["target"] == target}
+            if cell["job"]["threads"] != 1 or not groups:
+                continue
+            row = [f"{spell(cell['job']['size'])}, {cell['job']['epsilon']:g}", f"{target:g}"]
+            for objective in OBJECTIVES:
+                results, best = groups[objective]["contestants"], fastest(groups[objective])
+                for name in ("portable", "native"):
+                    measured = results[name]["status"] == "measured"
+                    row.append(short(results[name]["median_ms"]) if measured else results[name]["status"])
+                row.append(f"{short(results[best]['median_ms'])} ({results[best]['title']})" if best else "none")
+            rows.append(row)
+    return [
+        "Milliseconds for a batch, forward and backward, one thread. R: entropic value, S: sharp. Error: the L1 error of "
+        "the worse marginal that the worst problem of the batch must reach.",
+        "",
+        *grid(header, rows),
+    ]
 
 
 def table_summary(speed: list[dict[str, Any]], kinds: dict[str, list[dict[str, Any]]]) -> list[str]:

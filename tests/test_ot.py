@@ -427,9 +427,8 @@ def test_backward_and_map_under_autocast_stay_in_float32(objective):
     def run():
         leaves = [t.clone().requires_grad_() for t in (cost, a, b)]
         out = sinkhorn(*leaves, epsilon=0.1, objective=objective)
-        moved = out.map(y)
-        assert moved.dtype == torch.float32
-        return moved, *torch.autograd.grad(out.value.sum() + moved.square().sum(), leaves)
+        assert out.map(y).dtype == torch.float32
+        return out.map(y), *torch.autograd.grad(out.value.sum() + out.plan.square().sum(), leaves)
 
     expected = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -463,8 +462,8 @@ def test_huge_costs_at_absent_positions_leave_sharp_gradients_alone():
     far = cost.clone()
     far[:, 0], far[:, :, 2] = 1e6, -1e6
     results = []
-    for given in (cost, far):
-        leaves = [x.clone().requires_grad_() for x in (given, a, b)]
+    for costs in (cost, far):
+        leaves = [x.clone().requires_grad_() for x in (costs, a, b)]
         results.append(torch.autograd.grad(sinkhorn(*leaves, objective="sharp").value.sum(), leaves))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
