@@ -924,7 +924,7 @@ def table_short(speed: list[dict[str, Any]]) -> list[str]:
                 row.append(f"{short(results[best]['median_ms'])} ({results[best]['title']})" if best else "none")
             rows.append(row)
     return [
-        "Milliseconds for a batch, forward and backward, one thread. R: entropic value, S: sharp. Error: the L1 error of "
+        "Milliseconds for a batch, forward and backward, one thread. R: entropic value, S: sharp. Error: L1 error of "
         "the worse marginal that the worst problem of the batch must reach.",
         "",
         *grid(header, rows),
