@@ -47,9 +47,9 @@ def solve(
     return out
 
 
-def _chunks(x: Tensor) -> Iterator[slice]:
-    """The batch in parts that fit the cache of a CPU; elsewhere in one."""
-    size = max(1, x.shape[1] * x.shape[2] * x.element_size())
+def _chunks(x: Tensor, copies: int = 1) -> Iterator[slice]:
+    """The batch in parts of which so many copies fit the cache of a CPU; elsewhere in one."""
+    size = max(1, x.shape[1] * x.shape[2] * x.element_size() * copies)
     step = max(1, _CHUNK_BYTES // size) if x.device.type == "cpu" else max(1, len(x))
     return (slice(start, start + step) for start in range(0, len(x), step))
 
@@ -393,7 +393,7 @@ def _solve_graph(plan: Tensor, ground: Tensor, h: Tensor, grow: float) -> Tensor
     is formed from the weights, so that no digits are lost where they are small. With exact marginals y is 0 on average.
     """
     y = torch.empty(h.shape, dtype=torch.float64, device=h.device)
-    for part in _chunks(plan):
+    for part in _chunks(plan, 8):  # some matrices in float64
         y[part] = _solve_graphs(plan[part].double(), ground[part].double(), h[part].double(), grow)
     return y
 
