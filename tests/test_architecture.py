@@ -182,11 +182,20 @@ def test_what_judges_an_encoder_never_reaches_a_method(package):
         assert found == [], module
 
 
+# back ends of the transport: loaded only where their compiler is (tests/test_ot.py and test_ot_native.py)
+COMPILERS = {
+    "ot.gpu": {"triton"},
+    "ot.kernels": {"numba", "numpy"},
+    "ot.native": {"numpy"},
+    "ot.simd": {"numba", "llvmlite"},
+}
+
+
 @pytest.mark.parametrize("package", ["ot", "losses"])
 def test_mathematics_stands_on_torch_alone(package):
     for module in (m for m in MODULES if below(m, package)):
         roots = {origin.split(".")[0] for origin, _ in imported_names(ast.walk(tree(module)))}
-        assert roots <= {"torch", "otcxr", "__future__", "typing", "math"}, module
+        assert roots - sys.stdlib_module_names <= {"torch", "otcxr"} | COMPILERS.get(module, set()), module
 
 
 def test_nothing_imports_itself_in_a_circle_at_start():
