@@ -104,10 +104,9 @@ def test_pairs_store_what_the_method_matched(finished):
     with np.load(finished / "pairs" / "000.npz") as pair:
         assert pair["view_s"].shape == (32, 32)
         assert pair["plan"].shape == pair["cost"].shape == (pair["a"].size, pair["b"].size)
-        # The plan's columns are right by the last half-step of the solver; its rows to the residual, which a sharp
-        # problem may leave at some percent of the mass within max_iterations.
-        assert np.abs(pair["plan"].sum(0) - pair["b"]).sum() < 1e-4
-        assert np.abs(pair["plan"].sum(1) - pair["a"]).sum() < 0.1
+        # the tolerance of the method; the solver leaves the rows exact and the columns to the residual
+        assert np.abs(pair["plan"].sum(0) - pair["b"]).sum() <= 1e-3
+        assert np.abs(pair["plan"].sum(1) - pair["a"]).sum() <= 1e-3
         assert (pair["a"].reshape(pair["valid_s"].shape)[~pair["valid_s"]] == 0).all()
 
 
