@@ -1,8 +1,13 @@
 """What all tests share: the real data where it exists, one thread, and files that are written by hand."""
 
+import os
 import struct
 import zlib
 from pathlib import Path
+
+# Triton looks once, when it is imported first, whether it is to interpret: before torch or a test does so
+if os.environ.get("OTCXR_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import pytest
