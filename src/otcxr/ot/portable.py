@@ -59,7 +59,7 @@ def _alone(x: Tensor) -> Iterator[None]:
     """On a CPU, work in the calling thread only, and give it its helpers back afterwards.
 
     Thousands of operations of some microseconds each end in a barrier; with one helper that another process keeps from
-    running, each barrier waits for a turn of the scheduler (seen: 10 times slower, or 300 with spinning barriers).
+    running, each barrier waits for a turn of the scheduler.
     """
     threads = torch.get_num_threads()
     if x.device.type != "cpu" or threads == 1:
@@ -230,9 +230,8 @@ class _Batch:
     def _run(self, budget: int, tolerance: float, before: int, *, last: bool) -> int:
         """Iterate until all are within tolerance; the last run writes the solutions. Returns the iterations spent."""
         m = self.cost.shape[-1]
-        patience = 100 + 25 * math.sqrt(
-            m
-        )  # iterations that cost as much as the Newton steps instead of them (measured)
+        # iterations that cost as much as the Newton steps instead of them
+        patience = 100 + 25 * math.sqrt(m)
         precision = 150 * torch.finfo(self.cost.dtype).eps
         # what the dtype loses in forming the residual is not to be found above the tolerance afterwards
         goal = max(0.9 * tolerance, tolerance - 2 * torch.finfo(self.cost.dtype).eps)
