@@ -166,6 +166,119 @@ def test_page_is_one_offline_file_with_every_section(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def run_with(path: Path, lines) -> Run:
+    run = Run(path)
+    run.path.mkdir(parents=True)
+    run.write_config({"data": {"source": "x", "split": "train"}, "method": {"name": "any"}, "train": {"epochs": 3}})
+    for line in lines:
+        run.append_metrics(line)
+    return run
+
+
+def step_line(step, **terms):
+    return {"step": step, "epoch": step / 10, "loss": 3.0 / step, **terms, "gradient_norm": 1.0 + step,
+            "learning_rate": 0.1, "images_per_s": 100.0, "elapsed_s": 60.0 * step}  # fmt: skip
+
+
+def charts(page):
+    """Of every chart on the page: its title and the dashed and solid curves in its SVG."""
+    out = {}
+    for title, svg in re.findall(r"<h3>([^<]*)</h3>(<svg.*?</svg>)", page, re.DOTALL):
+        lines = re.findall(r'<g id="line2d_\d+">\s*<path [^>]*clip-path[^>]*>', svg)
+        dashed = sum("stroke-dasharray" in line for line in lines)
+        out[title] = (len(lines) - dashed, dashed)
+    return out
+
+
+def test_chance_levels_are_dashed_in_the_chart_of_their_term(tmp_path):
+    lines = [step_line(s, first=1.0, first_chance=2.0, second=0.5, lone_chance=0.1) for s in (1, 2, 3)]
+    found = charts(write_report([run_with(tmp_path / "run", lines)], tmp_path / "page.html").read_text())
+    assert found == {"loss": (1, 0), "first": (1, 1), "second": (1, 0), "lone chance": (1, 0), "gradient norm": (1, 0)}
+
+
+def test_old_runs_name_the_chance_level_of_the_contrastive_loss_alone(tmp_path):
+    old = [step_line(s, contrastive=3.0 / s, chance=2.0) for s in (1, 2)]
+    new = [step_line(s, contrastive=3.0 / s, contrastive_chance=2.0) for s in (3, 4)]
+    expected = {"loss": (1, 1), "contrastive": (1, 1), "gradient norm": (1, 0)}
+    for name, lines in (("old", old), ("went on", old + new)):
+        found = charts(write_report([run_with(tmp_path / name, lines)], tmp_path / "page.html").read_text())
+        assert found == expected, name
+
+
+def test_terms_that_come_or_go_and_values_that_are_no_numbers_break_nothing(tmp_path):
+    lines = [step_line(1, early=1.0, note="text", nothing=None, several=[1, 2]), step_line(2, early=float("nan")),
+             step_line(3, late=2.0), step_line(4, late=2.5)]  # fmt: skip
+    found = charts(write_report([run_with(tmp_path / "run", lines)], tmp_path / "page.html").read_text())
+    assert set(found) == {"loss", "early", "late", "gradient norm"}
+
+
+def online(value, low=None, high=None):
+    return {"knn": {"auroc": {"value": value, "low": low, "high": high}},
+            "linear": {"auroc": {"value": 0.8125, "low": 0.75, "high": 0.875}},
+            "findings": ["Mass", "<Nodule>"], "images_fit": 200, "images_judged": 150,
+            "judged_on": "patients <held> out"}  # fmt: skip
+
+
+def test_online_probes_are_a_panel_and_no_term(tmp_path):
+    lines = [step_line(1), step_line(2), {"step": 2, "epoch": 0.2, "online": online(0.6, 0.5, 0.7)}, step_line(3),
+             {**step_line(4), "online": online(0.65625, 0.5, 0.75)}, {"step": 5, "epoch": 0.5}]  # fmt: skip
+    page = write_report([run_with(tmp_path / "run", lines)], tmp_path / "page.html").read_text()
+    found = charts(page)
+    assert found == {"loss": (1, 0), "gradient norm": (1, 0), "Macro AUROC": (2, 0)}
+    assert "<h2>Online probe</h2>" in page
+    text = " ".join(page.split())
+    assert "fitted on 200 labelled images and judged on 150 others (patients &lt;held&gt; out)" in text
+    assert "it is not the evaluation" in text
+    assert "macro AUROC of 2 findings (Mass, &lt;Nodule&gt;)" in text
+    assert "At step 4: nearest neighbours 0.656 [0.500, 0.750], linear 0.812 [0.750, 0.875]" in text
+    assert "0.4 of 3 epochs" in text  # of the last line that has a loss
+
+
+def test_online_probes_that_cannot_be_estimated(tmp_path):
+    partial = {"knn": {"auroc": {"value": None, "low": None, "high": None}}, "findings": []}
+    lines = [{"step": 7, "epoch": 0.7, "online": online(0.5)}]
+    page = write_report([run_with(tmp_path / "one", lines)], tmp_path / "page.html").read_text()
+    assert "At step 7: nearest neighbours 0.500, linear 0.812 [0.750, 0.875]" in " ".join(page.split())
+    assert "Macro AUROC" not in charts(page)  # one point is no curve
+    assert "No curves yet" in page
+    lines = [{"step": s, "epoch": 0.7, "online": partial} for s in (1, 2)]
+    page = write_report([run_with(tmp_path / "none", lines)], tmp_path / "page.html").read_text()
+    assert "nearest neighbours not estimable" in page
+    careful = online(0.5)
+    careful["linear"]["auroc"]["caution"] = "few"
+    page = write_report([run_with(tmp_path / "few", [{"step": 1, "epoch": 0.1, "online": careful}])],
+                        tmp_path / "page.html").read_text()  # fmt: skip
+    assert "0.875] †. † linear: few.</p>" in " ".join(page.split())
+    for value in (None, {}):
+        line = {"step": 1, "epoch": 0.1, "online": value}
+        page = write_report([run_with(tmp_path / str(value), [line])], tmp_path / "page.html").read_text()
+        assert "Online probe" not in page
+
+
+def test_health_panels_show_what_was_measured(tmp_path):
+    health = {"effective_rank": 3.0, "effective_rank_limit": 7.0, "effective_rank_tokens": 30.0,
+              "effective_rank_tokens_limit": 511.0, "embedding_std": 0.1, "embedding_std_reference": 0.125,
+              "embedding_length_std": 0.2, "correlation": 0.3, "correlation_chance": 0.1, "spatial_diversity": 0.5,
+              "entropy_plan": 4.0, "entropy_mu": 3.4, "entropy_nu": 3.5, "entropy_independent": 6.9,
+              "entropy_one_to_one": 3.5}  # fmt: skip
+    scores = {"hits": 0.4, "exact": 0.1, "hits_by_mass": 0.4, "hits_nearest_neighbour": 0.3, "hits_chance": 0.2}
+    plain = {name: value for name, value in health.items() if "entropy" not in name}
+    lines = [step_line(s) | {"health": h} for s, h in ((1, health), (2, health | scores), (3, health))]
+    page = write_report([run_with(tmp_path / "transport", lines)], tmp_path / "page.html").read_text()
+    common = {
+        "loss": (1, 0), "gradient norm": (1, 0), "Effective rank of pooled embeddings": (1, 1),
+        "Effective rank of tokens": (1, 1), "Spread of normalised embeddings": (1, 1),
+        "Correlation between dimensions": (1, 1), "Share of token variance within images": (1, 0),
+    }  # fmt: skip
+    assert charts(page).keys() == common.keys() | {
+        "Correspondence", "Correspondence, more strictly", "Entropy of masses and plan, nats"
+    }  # fmt: skip
+    assert charts(page)["Entropy of masses and plan, nats"] == (3, 2)
+    page = write_report([run_with(tmp_path / "other", [step_line(s) | {"health": plain} for s in (1, 2)])],
+                        tmp_path / "page.html").read_text()  # fmt: skip
+    assert charts(page) == common
+
+
 def test_names_with_markup_are_shown_as_text(tmp_path):
     page = write_report([small_run(tmp_path / "run")], tmp_path / "page.html").read_text()
     assert "<b>bold</b>" not in page

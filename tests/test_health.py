@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from otcxr.data.geometry import Correspondence, ViewBatch
-from otcxr.health import correspondence_score, effective_rank, observe, spatial_diversity, verdict
+from otcxr.data.sources import open_collection
+from otcxr.data.views import ViewsConfig, collate_views, make_views, view_generator
+from otcxr.health import (
+    Verdict,
+    Watch,
+    _sample,
+    correspondence_score,
+    effective_rank,
+    observe,
+    spatial_diversity,
+    verdict,
+)
+from otcxr.methods import METHODS
 from otcxr.methods.base import Match, Observed
+from otcxr.nn.encoder import Encoder, build_encoder
 from otcxr.ot import sinkhorn
 
 torch.set_num_threads(1)
@@ -54,6 +70,114 @@ def test_effective_rank_of_nothing_is_one(rows):
     assert effective_rank(rows) == 1.0
 
 
+def rank_by_svd(rows):
+    """The definition, slowly: numpy's singular values of the centred rows."""
+    x = rows.double().numpy()
+    values = np.linalg.svd(x - x.mean(0), compute_uv=False)
+    share = values[values > 0] / values.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+SPECTRA = {
+    "flat": lambda k: np.ones(k),
+    "linear": lambda k: np.linspace(1, 0.01, k),
+    "power law": lambda k: 1 / np.arange(1.0, k + 1),
+    "four orders of magnitude": lambda k: np.geomspace(1, 1e-4, k),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("n", "d"), [(2, 5), (5, 50), (50, 5), (40, 40), (300, 40), (64, 700), (600, 64)])
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_effective_rank_is_that_of_the_singular_values(spectrum, n, d, offset):
+    rows = rows_with(SPECTRA[spectrum](min(n - 1, d)).tolist(), n, d, offset)
+    assert effective_rank(rows) == pytest.approx(rank_by_svd(rows), rel=1e-6)
+    assert effective_rank(rows.float()) == pytest.approx(rank_by_svd(rows.float()), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_effective_rank_of_half_precision(dtype):
+    rows = (normal(64, 128) + 0.5).to(dtype)
+    assert effective_rank(rows) == pytest.approx(rank_by_svd(rows), rel=1e-6)
+
+
+def test_effective_rank_at_the_resolution_of_the_squares():
+    """What the eigenvalues cannot tell from zero costs less than a hundredth."""
+    for least in (1e-6, 3e-7, 1e-7, 1e-8):
+        rows = rows_with([1.0] + [least] * 400, n=500, d=450, offset=0.0)
+        assert effective_rank(rows) == pytest.approx(rank_by_svd(rows), rel=1e-2)
+
+
+def test_values_that_are_zero_stay_so():
+    assert effective_rank(rows_with([1.0], n=500, d=450, offset=0.0)) == pytest.approx(1, abs=1e-9)
+    assert effective_rank(rows_with([1.0, 1.0], n=500, d=450)) == pytest.approx(2, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "d"), [(16, 8), (64, 512), (256, 2048)])
+def test_rounding_does_not_add_to_the_rank(dtype, n, d):
+    line = (1 + normal(n, 1)) * normal(1, d, seed=1)
+    assert effective_rank(line.to(dtype)) < 1.3
+    assert effective_rank((line + 2 * normal(1, d, seed=2)).to(dtype)) < 1.3
+    assert effective_rank(normal(1, d).expand(n, d).to(dtype)) == 1
+
+
+def test_effective_rank_of_few_rows_and_dead_columns():
+    assert effective_rank(normal(1, 6)) == 1
+    assert effective_rank(normal(2, 6)) == pytest.approx(1)
+    rows = normal(20, 6)
+    dead = torch.cat((rows, torch.zeros(20, 30), torch.full((20, 5), 4.0)), 1)
+    assert effective_rank(dead) == pytest.approx(effective_rank(rows), rel=1e-6)
+    assert effective_rank(rows.round().long()) == pytest.approx(rank_by_svd(rows.round()), rel=1e-6)
+    assert math.isnan(effective_rank(rows / 0))
+
+
+@pytest.mark.parametrize(
+    ("images", "n"), [(64, 36), (64, 64), (16, 49), (256, 49), (11, 49), (1024, 49), (600, 1), (1, 3136)]
+)
+def test_the_sample_of_tokens_is_even(images, n):
+    tokens = torch.arange(images * n).reshape(images, n, 1)
+    rows, present = _sample(tokens, tokens.squeeze(-1) % 5 > 0)
+    taken = rows.flatten()
+    assert torch.equal(present, taken % 5 > 0)
+    assert len(taken) == len(taken.unique()) == min(512, images * n)
+    positions = torch.bincount(taken % n, minlength=n)
+    assert positions.max() - positions.min() <= 1
+    if n == 36:  # 6 x 6: no row or column of the grid is left out
+        assert (positions > 0).all()
+    for parts in (2, 4, 8):
+        share = torch.bincount(taken * parts // (images * n), minlength=parts) / len(taken)
+        assert (share - 1 / parts).abs().max() < 0.01
+    assert torch.equal(_sample(tokens, tokens.squeeze(-1) > 0)[0], rows)
+
+
+def test_the_eigenvalue_problems_are_small(monkeypatch):
+    """A wide encoder and a large batch: what a look costs is decided by the size of these."""
+    sizes, solve = [], torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda x: (sizes.append(tuple(x.shape)), solve(x))[1])
+    observe(Observed(torch.rand(60, 900), torch.rand(30, 49, 900), None), batch_of(30, 224))
+    observe(Observed(torch.rand(180, 24), torch.rand(90, 36, 24), None), batch_of(90, 96))
+    assert sizes == [(30, 30), (512, 512), (24, 24), (24, 24)]
+
+
+def test_the_rank_of_tokens_is_that_of_a_sample_of_the_valid_ones():
+    seen, batch = observed(images=6), batch_of(6)
+    assert observe(seen, batch)["effective_rank_tokens_limit"] == 8
+    assert observe(observed(images=6, d=200), batch)["effective_rank_tokens_limit"] == 95
+    wide = Observed(normal(120, 900), normal(60, 16, 900), None)
+    numbers = observe(wide, batch_of(60))
+    assert numbers["effective_rank_tokens_limit"] == 511
+    assert 400 < numbers["effective_rank_tokens"] < 511
+    batch.valid[0][:, :, :16] = False  # the first row of tokens
+    expected = effective_rank(seen.tokens[:, 4:].flatten(0, 1))
+    for content in (0.0, 50.0):
+        seen.tokens[:, :4] = content * normal(6, 4, 8, seed=9)
+        numbers = observe(seen, batch)
+        assert numbers["effective_rank_tokens"] == pytest.approx(expected, rel=1e-6)
+        assert numbers["spatial_diversity"] == pytest.approx(spatial_diversity(seen.tokens[:, 4:]))
+    assert observe(observed(images=2, d=99), batch_of(2))["effective_rank_tokens_limit"] == 31
+
+
 def test_effective_rank_stays_below_its_limit():
     assert 3.5 < effective_rank(normal(5, 50)) <= 4  # five points span four directions
     assert 2.9 < effective_rank(normal(5000, 3)) <= 3
@@ -71,6 +195,29 @@ def test_spatial_diversity():
     assert 0.05 < within / total < 0.6
     assert spatial_diversity(tokens) == pytest.approx(within / total)
     assert spatial_diversity(50 * tokens + 7) == pytest.approx(within / total, rel=1e-5)
+    assert spatial_diversity(tokens.bfloat16()) == pytest.approx(within / total, rel=1e-2)
+    assert spatial_diversity(per_image.bfloat16().expand(6, 9, 4)) == pytest.approx(0, abs=1e-6)
+
+
+def test_spatial_diversity_leaves_out_what_is_not_valid():
+    """Images with different numbers of valid tokens; one with none."""
+    tokens, valid = normal(5, 16, 3), torch.rand(5, 16, generator=torch.Generator().manual_seed(0)) < 0.6
+    valid[2] = False
+    pixels = valid.reshape(5, 1, 4, 4).repeat_interleave(16, -1).repeat_interleave(16, -2)
+    batch = batch_of(5)._replace(valid=(pixels, pixels))
+    kept = [t[v].numpy() for t, v in zip(tokens, valid, strict=True)]
+    total = np.concatenate(kept)
+    within = sum(((x - x.mean(0)) ** 2).sum() for x in kept if len(x))
+    numbers = observe(Observed(normal(10, 3), tokens, None), batch)
+    assert numbers["spatial_diversity"] == pytest.approx(within / ((total - total.mean(0)) ** 2).sum())
+    pixels[:] = False
+    assert all(math.isfinite(x) for x in observe(Observed(normal(10, 3), tokens, None), batch).values())
+
+
+def test_one_token_has_no_spatial_diversity():
+    numbers = observe(Observed(normal(20, 6), normal(10, 1, 6), None), batch_of(10, 32))
+    assert "spatial_diversity" not in numbers
+    assert verdict(numbers).text == "no collapse seen: effective rank " + f"{numbers['effective_rank']:.1f} of 6"
 
 
 # --- correspondence --------------------------------------------------------------------------------------------------
@@ -220,7 +367,9 @@ def test_numbers_of_the_embedding():
     first = pooled[:10].astype(np.float64)
     correlation = np.corrcoef(first.T)
     assert numbers["correlation"] == pytest.approx(np.abs(correlation[~np.eye(8, dtype=bool)]).mean(), rel=1e-4)
-    unit = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    lengths = np.linalg.norm(first, axis=1, keepdims=True)
+    unit = first / lengths
+    assert numbers["embedding_length_std"] == pytest.approx(lengths.std(ddof=1) / lengths.mean(), rel=1e-4)
     assert numbers["embedding_std"] == pytest.approx(unit.std(0, ddof=1).mean(), rel=1e-4)
     assert numbers["embedding_std_reference"] == pytest.approx(8**-0.5)
     assert numbers["effective_rank"] == pytest.approx(effective_rank(seen.pooled[:10]), rel=1e-4)
@@ -299,11 +448,65 @@ def test_grids_of_oblong_views(height, width, stride):
     assert numbers["hits_chance"] == pytest.approx(near_rows * near_columns, rel=1e-5)
 
 
+def test_correlation_leaves_out_dimensions_that_do_not_vary():
+    pooled = normal(40, 6)
+    dead = torch.cat((pooled, torch.full((40, 3), 0.1), torch.zeros(40, 2)), 1)
+    noise = 0.1 * (1 + 1e-8 * normal(40, 9))  # below what float32 can tell apart
+    rounded = torch.cat((dead, noise), 1).float()
+    numbers = [observe(Observed(x, normal(20, 16, 4), None), batch_of(20)) for x in (pooled, dead, rounded)]
+    for other in numbers[1:]:
+        assert other["correlation"] == pytest.approx(numbers[0]["correlation"], rel=1e-4)
+
+
+@pytest.mark.parametrize("images", [2, 3, 8, 200])
+def test_correlation_of_independent_dimensions_is_its_chance(images):
+    found = [
+        observe(Observed(normal(2 * images, 60, seed=seed), normal(images, 16, 2), None), batch_of(images))
+        for seed in range(6)
+    ]
+    chance = found[0]["correlation_chance"]
+    assert np.mean([numbers["correlation"] for numbers in found]) == pytest.approx(chance, rel=0.05)
+    assert images < 200 or chance == pytest.approx((2 / math.pi / images) ** 0.5, rel=0.01)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.7, 1e4])
 @pytest.mark.parametrize("images", [1, 2, 6])
-def test_numbers_are_finite_when_nothing_varies(value, images):
-    seen = Observed(torch.full((2 * images, 8), value), torch.full((images, 16, 8), value), None)
-    assert all(math.isfinite(x) for x in observe(seen, batch_of(images)).values())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_numbers_are_finite_when_nothing_varies(value, images, dtype):
+    pooled, tokens = torch.full((2 * images, 8), value), torch.full((images, 16, 8), value)
+    numbers = observe(Observed(pooled.to(dtype), tokens.to(dtype), None), batch_of(images))
+    assert all(math.isfinite(x) for x in numbers.values())
+    assert numbers["effective_rank"] == numbers["effective_rank_tokens"] == 1
+    assert numbers["embedding_std"] < 1e-7
+    assert numbers["spatial_diversity"] == numbers["correlation"] == 0
+
+
+def test_half_precision_gives_the_same_numbers():
+    seen = observed(images=10, match=permutation_match(10, list(range(16))))
+    half = Observed(seen.pooled.bfloat16(), seen.tokens.bfloat16(), seen.match)
+    wide, narrow = observe(seen, batch_of(10)), observe(half, batch_of(10))
+    assert wide.keys() == narrow.keys()
+    for name, value in wide.items():
+        assert narrow[name] == pytest.approx(value, rel=0.02, abs=1e-6), name
+
+
+def test_what_is_not_finite_is_named_and_stops_nothing():
+    for fill in (float("nan"), float("inf")):
+        pooled, tokens = normal(12, 8), normal(6, 16, 8)
+        pooled[0, 0] = tokens[0, 0, 0] = fill
+        judged = verdict(observe(Observed(pooled, tokens, None), batch_of(6)))
+        assert not judged.healthy
+        assert "effective_rank is nan; " in judged.text
+        assert "spatial_diversity is nan" in judged.text
+
+
+def test_views_that_share_nothing_have_no_correspondence():
+    batch = batch_of(6)
+    batch.geometry[1, :, 0, 2] = 5
+    numbers = observe(observed(match=permutation_match(6, list(range(16)))), batch)
+    assert numbers["entropy_plan"] == pytest.approx(math.log(16), rel=1e-5)
+    assert not any("hits" in name or name in ("exact", "same_cell", "same_cell_true") for name in numbers)
+    assert all(math.isfinite(x) for x in numbers.values())
 
 
 # --- the verdict -----------------------------------------------------------------------------------------------------
@@ -337,6 +540,8 @@ def test_good_numbers_are_healthy():
         ({"entropy_plan": 6.89}, "transport in name only: the plan is the independent coupling of the masses"),
         ({"entropy_mu": math.log(4), "entropy_independent": math.log(4) + 3.5, "entropy_plan": 3.6},
          "mass collapse: the mass sits on 4.0 of 36 tokens"),
+        ({"entropy_nu": math.log(4)}, "mass collapse: the mass sits on 4.0 of 36 tokens"),
+        ({"mass_moved": 0.01}, "no transport: only 1.0% of the mass is moved"),
         ({"effective_rank": float("nan")}, "effective_rank is nan"),
         ({"entropy_plan": float("inf")}, "entropy_plan is inf"),
     ],
@@ -347,6 +552,63 @@ def test_each_illness_is_named_alone(changes, message):
     assert judged.text.split("; ")[0] == message
     if math.isfinite(next(iter(changes.values()))):
         assert judged.text == message
+
+
+@pytest.mark.parametrize(
+    ("rank", "limit", "healthy"),
+    [
+        (1.0, 0, True),  # a single image: nothing can be said
+        (1.0, 1, True),  # two images lie on a line
+        (1.0, 2, False),
+        (1.2, 2, False),
+        (1.4, 2, True),
+        (1.4, 3, False),
+        (1.6, 3, True),
+        (1.6, 31, True),
+        (5.0, 255, False),
+        (8.5, 255, True),
+        (9.0, 2047, True),  # what radiographs differ in does not grow with the batch
+        (6.0, 2047, False),
+    ],
+)
+def test_ranks_are_judged_by_what_a_batch_can_show(rank, limit, healthy):
+    assert verdict(GOOD | {"effective_rank": rank, "effective_rank_limit": float(limit)}).healthy == healthy
+
+
+def test_one_image_is_not_judged_by_its_spread():
+    """Its two views may well be the same."""
+    assert verdict(GOOD | {"embedding_std": 0.0, "effective_rank": 1.0, "effective_rank_limit": 0.0}).healthy
+
+
+def test_the_same_embedding_differs_from_the_same_direction():
+    pooled, tokens = normal(1, 8).expand(40, 8), normal(20, 16, 8)
+    lengths = 1 + torch.rand(40, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    same = verdict(observe(Observed(pooled, tokens, None), batch_of(20)))
+    assert same.text == "collapse: all images have nearly the same embedding"
+    stretched = verdict(observe(Observed(lengths * pooled, tokens, None), batch_of(20)))
+    assert stretched.text == "dimensional collapse: embeddings differ in length only, effective rank 1.0 of 8"
+    line = verdict(observe(Observed((lengths - 1.5) * pooled, tokens, None), batch_of(20)))
+    assert line.text == "dimensional collapse: effective rank 1.0 of 8"
+
+
+@pytest.mark.parametrize(("tokens", "mass", "healthy"), [
+    (1, 1.0, True), (2, 1.1, True), (4, 1.5, False), (9, 1.7, False), (9, 2.5, True), (36, 5.0, False), (36, 6.0, True),
+    (196, 28.0, False), (196, 31.0, True),
+])  # fmt: skip
+def test_masses_are_judged_by_what_a_grid_can_show(tokens, mass, healthy):
+    full, narrow = math.log(tokens), math.log(mass)
+    changes = {"entropy_mu": narrow, "entropy_nu": narrow, "entropy_uniform": full, "entropy_uniform_nu": full,
+               "entropy_independent": 2 * narrow, "entropy_one_to_one": narrow,
+               "entropy_plan": narrow + 1e-7}  # fmt: skip
+    judged = verdict(GOOD_MATCH | changes)
+    assert judged.healthy == healthy, judged.text
+
+
+def test_views_of_different_size_are_judged_by_their_own_tokens():
+    nine = {"entropy_nu": math.log(8), "entropy_uniform_nu": math.log(9), "entropy_uniform": math.log(196),
+            "entropy_mu": math.log(150), "entropy_independent": math.log(1200), "entropy_one_to_one": math.log(150),
+            "entropy_plan": math.log(300)}  # fmt: skip
+    assert verdict(GOOD_MATCH | nine).healthy
 
 
 def test_two_illnesses_are_both_named():
@@ -392,3 +654,171 @@ def test_a_position_code_is_called_what_it_is():
     right = correspondence_score(pairing([max(c, 0) for c in true_cells]), truth(true_cells), (SIDE, SIDE))
     assert right["same_cell"] < 0.2
     assert verdict({**now, **right}).healthy
+
+
+# --- every method on encoders whose illness is known -----------------------------------------------------------------
+
+
+class Changed(Encoder):
+    """An encoder whose maps are changed by a function."""
+
+    def __init__(self, inner, change):
+        super().__init__()
+        self.inner, self.change = inner, change
+        self.architecture, self.channels, self.strides = inner.architecture, inner.channels, inner.strides
+
+    def forward(self, images):
+        return tuple(self.change(m) for m in self.inner(images))
+
+
+def direction(m):
+    """A fixed unit vector over the channels."""
+    v = normal(m.shape[1], seed=m.shape[1]).to(m.dtype).reshape(1, -1, 1, 1)
+    return v / v.norm()
+
+
+def constant(m):
+    return 0 * m + direction(m)
+
+
+def constant_but_for_rounding(m):
+    return direction(m) * (1 + 1e-7 * torch.tanh(m))
+
+
+def constant_per_image(m):
+    return m.mean((-2, -1), keepdim=True).expand_as(m) + 0 * m
+
+
+def scaled_by_the_image(m):
+    """One map for all images, times a positive number of each."""
+    size = m.square().mean((1, 2, 3), keepdim=True)
+    number = 1 + 0.3 * torch.tanh((size - size.mean()) / (size.std() + 1e-6))
+    return number * normal(*m.shape[1:]).to(m.dtype)
+
+
+def on_one_line(m):
+    """Every token on one line through the origin."""
+    return (m * direction(m)).sum(1, keepdim=True) * direction(m)
+
+
+def normalised(m):
+    return nn.functional.batch_norm(m, None, None, training=True)
+
+
+SAME, SPATIAL, LINE = "all images have nearly the same embedding", "spatial collapse", "dimensional collapse"
+ILL = {
+    constant: SAME,
+    constant_but_for_rounding: SAME,
+    constant_per_image: SPATIAL,
+    scaled_by_the_image: LINE,
+    on_one_line: LINE,
+}
+each_method = pytest.mark.parametrize("name", METHODS)
+
+
+@pytest.fixture(scope="module")
+def views():
+    records = open_collection("phantom:16,size=96").records
+    config = ViewsConfig(size=96)
+    samples = [make_views(r.image.radiograph(), config, view_generator(0, 0, i)) for i, r in enumerate(records)]
+    batch = collate_views(samples)
+    return batch._replace(clean=batch.clean or batch.views)
+
+
+def small(name, change=lambda m: m):
+    """A method with small heads on a narrow encoder."""
+    settings = METHODS[name].settings
+    widths = ("hidden", "outputs", "global_hidden", "global_outputs")
+    given = {f.name: min(64, getattr(settings, f.name)) for f in fields(settings) if f.name in widths}
+    encoder = build_encoder("resnet18", width=8, stride=16, padding="replicate", seed=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return METHODS[name].build(Changed(encoder, change), replace(settings, **given)).train()
+
+
+def judge(method, batch):
+    numbers = observe(method(batch, observe=True).observed, batch, method.encoder.first_centre)
+    assert all(math.isfinite(x) for x in numbers.values())
+    assert all(type(x) is float for x in numbers.values())
+    return verdict(numbers)
+
+
+@each_method
+@pytest.mark.parametrize("change", ILL, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("images", [4, 16])
+def test_a_collapsed_encoder_is_called_what_it_is(name, change, images, views):
+    batch = ViewBatch(*(x[:, :images] if isinstance(x, torch.Tensor) else tuple(v[:images] for v in x) for x in views))
+    judged = judge(small(name, change), batch)
+    assert not judged.healthy
+    for illness in (SAME, SPATIAL, LINE):
+        assert (illness in judged.text) == (illness == ILL[change]), judged.text
+
+
+@each_method
+@pytest.mark.parametrize("images", [2, 4, 16])
+def test_random_features_are_no_collapse(name, images, views):
+    batch = ViewBatch(*(x[:, :images] if isinstance(x, torch.Tensor) else tuple(v[:images] for v in x) for x in views))
+    for change in (lambda m: m, normalised):
+        judged = judge(small(name, change), batch)
+        assert judged.healthy, judged.text
+
+
+@each_method
+def test_a_short_training_is_no_collapse(name, views):
+    method = small(name)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(8):
+        loss = method(views).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.after_step((step + 1) / 8)
+    judged = judge(method, views)
+    assert judged.healthy, judged.text
+
+
+# --- what to do about it ---------------------------------------------------------------------------------------------
+
+WELL, ILLNESS = Verdict(True, "well"), Verdict(False, "ill")
+
+
+def answers(watch, looks, every=50):
+    """Answers to a text of looks: '+' is healthy, '-' is not."""
+    return [watch.see(1 + i * every, WELL if look == "+" else ILLNESS) for i, look in enumerate(looks)]
+
+
+@pytest.mark.parametrize(
+    ("patience", "after_step", "looks", "expected"),
+    [
+        (3, 0, "+++", ["", "", ""]),
+        (3, 0, "+-+", ["", "warn", "recovered"]),
+        (3, 0, "---", ["warn", "", "stop"]),
+        (3, 0, "--+--", ["warn", "", "recovered", "warn", ""]),
+        (3, 0, "+----", ["", "warn", "", "stop", "stop"]),
+        (1, 0, "+-+-", ["", "stop", "recovered", "stop"]),
+        (0, 0, "----+", ["warn", "", "", "", "recovered"]),
+        (2, 100, "------", ["warn", "", "", "stop", "stop", "stop"]),  # steps 1, 51, 101, 151: the third counts first
+        (2, 101, "------", ["warn", "", "", "", "stop", "stop"]),
+        (1, 10**6, "----", ["warn", "", "", ""]),
+    ],
+)
+def test_a_watch_warns_and_stops(patience, after_step, looks, expected):
+    assert answers(Watch(patience, after_step), looks) == expected
+
+
+@pytest.mark.parametrize("cut", range(9))
+def test_a_watch_goes_on_from_its_state(cut):
+    looks = "+--+---+-"
+    whole = answers(Watch(3, 60), looks)
+    first, second = Watch(3, 60), Watch(3, 60)
+    before = [first.see(1 + 50 * i, WELL if looks[i] == "+" else ILLNESS) for i in range(cut)]
+    second.load(json.loads(json.dumps(first.state())))
+    after = [second.see(1 + 50 * i, WELL if looks[i] == "+" else ILLNESS) for i in range(cut, len(looks))]
+    assert before + after == whole
+    assert "stop" in whole
+
+
+@pytest.mark.parametrize(("patience", "after_step"), [(-1, 0), (1, -1)])
+def test_a_watch_refuses_negative_numbers(patience, after_step):
+    with pytest.raises(ValueError, match=f"received {patience} and {after_step}"):
+        Watch(patience, after_step)

@@ -298,7 +298,7 @@ def test_simclr_is_its_formula():
         embedded = method.head(maps.mean((-2, -1)))
     assert out.loss.item() == pytest.approx(nt_xent_by_loops(embedded[:6], embedded[6:], 0.3), rel=1e-10)
     assert out.terms["contrastive"] == out.loss
-    assert out.terms["chance"].item() == pytest.approx(math.log(11))
+    assert out.terms["contrastive_chance"].item() == pytest.approx(math.log(11))
 
 
 @pytest.mark.parametrize("temperature", [0.0, -0.1])
@@ -389,7 +389,11 @@ def test_every_term_is_its_formula(variant, holes):
     match = out.observed.match
     for got, expected in [(match.a, masses[0]), (match.b, masses[1]), (match.cost, costs), (match.plan, plans)]:
         close(got, expected, atol=1e-7)
-    assert set(out.terms) == {*terms, "residual"}
+    assert set(out.terms) == {*terms, "residual", "iterations", "transport_chance"}
+    # nothing matched: the mean cost under the product of the masses
+    chance = np.mean([a @ c @ b for a, b, c in zip(*masses, costs, strict=True)])
+    assert out.terms["transport_chance"].item() == pytest.approx(chance, rel=1e-6)
+    assert 1 <= out.terms["iterations"].item() <= settings.max_iterations
     for name, expected in terms.items():
         assert out.terms[name].item() == pytest.approx(expected, rel=1e-6, abs=1e-9), name
     s = settings

@@ -262,7 +262,7 @@ def test_divergence_stops_before_a_weight_takes_it_in(method, tmp_path):
 
 def test_divergence_after_an_epoch_points_at_the_state_that_is_good(tmp_path, monkeypatch):
     config = tiny(tmp_path / "run", train=TrainConfig(epochs=3, batch_size=8, accelerator="cpu", clip=1e30, probes=0))
-    monkeypatch.setattr("otcxr.train.cosine_schedule", lambda step, warmup, total: 1e-3 if step < 5 else 1e15)
+    monkeypatch.setattr("otcxr.loop.cosine_schedule", lambda step, warmup, total: 1e-3 if step < 5 else 1e15)
     with pytest.raises(OtcxrError, match=r"last\.ckpt holds the last good state"):
         pretrain(config)
     state = Run(tmp_path / "run").read_checkpoint()

@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = getattr(commands, COMMANDS[name][0])(words[len(name.split()) :])
         return status
     except OtcxrError as error:
+        if error.told_elsewhere:  # several processes stopped together; process 0 says why and has the exit code
+            return 0
         # a loader worker sends its whole traceback along; the last line of it is the message
         text = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
         print(f"otcxr: {text}", file=sys.stderr)  # noqa: T201

@@ -127,7 +127,7 @@ def data_inspect(words: Sequence[str]) -> int:
     progress = RichProgress()
     collection = open_collection(plain["source"])
     with progress.bar("reading images", len(collection.records), "images") as bar:
-        usable, skipped = check_records(collection, PixelCache(0.0), 1.0, bar)
+        usable, skipped, _ = check_records(collection, PixelCache(0.0), 1.0, bar)
     records = [collection.records[index] for index in usable]
 
     def count(title: str, values: list[Any]) -> None:

@@ -12,7 +12,13 @@ __all__ = ["CheckpointError", "ConfigError", "DataError", "MissingExtra", "Otcxr
 
 
 class OtcxrError(Exception):
-    """Base of all errors that otcxr raises on purpose."""
+    """Base of all errors that otcxr raises on purpose.
+
+    Attributes:
+        told_elsewhere: Several processes raised this together and another one, process 0, shows it.
+    """
+
+    told_elsewhere: bool = False
 
 
 class ConfigError(OtcxrError):

@@ -1,4 +1,8 @@
-"""Losses as pure functions on tensors. All of them compute in at least float32, with autocast off."""
+"""Losses as pure functions on tensors. All of them compute in at least float32, with autocast off.
+
+Where several processes train together, what couples the images of a batch (negatives, variance, covariance) is taken
+over all of them, with gradient: see ``otcxr.distributed``.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from otcxr.distributed import all_sum, gather_rows, mean_of_rows, process, processes
 
 __all__ = [
     "covariance",
@@ -31,17 +37,22 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
         l_i = -ln( exp(z_i.z_p(i) / t) / sum_{k != i} exp(z_i.z_k / t) ),   L = mean_i l_i,   z = x / |x|
 
     Args:
-        first, second: Embeddings (N, d) of the two views; row i of one is the positive of row i of the other.
+        first, second: Embeddings (B, d) of the two views; row i of one is the positive of row i of the other.
         temperature: t > 0.
-    Returns: A scalar; ln(2N - 1) when the embeddings say nothing (``nt_xent_chance``).
+    Returns: A scalar, the mean over the own rows, against the N pairs of all processes; ln(2N - 1) when the embeddings
+        say nothing (``nt_xent_chance``).
     Source: Chen et al., ICML 2020 (SimCLR), equation 1.
     """
     with torch.autocast(first.device.type, enabled=False):
         z = torch.nn.functional.normalize(torch.cat((_wide(first), _wide(second))), dim=-1)
-        logits = z @ z.T / temperature
-        logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), float("-inf"))
-        positive = torch.arange(len(z), device=z.device).roll(len(first))
-        return torch.nn.functional.cross_entropy(logits, positive)
+        own, pairs = len(first), len(first) * processes()
+        every = z if processes() == 1 else torch.cat([gather_rows(part) for part in z.chunk(2)])
+        # where the own rows lie among all of them: views of this process in the first, then in the second half
+        place = process() * own + torch.arange(own, device=z.device)
+        place = torch.cat((place, pairs + place))
+        logits = z @ every.T / temperature
+        logits = logits.scatter(1, place.unsqueeze(1), float("-inf"))
+        return torch.nn.functional.cross_entropy(logits, (place + pairs) % (2 * pairs))
 
 
 def nt_xent_chance(pairs: int) -> float:
@@ -61,12 +72,16 @@ def variance(rows: Tensor, target: float = 1.0) -> Tensor:
         v = mean_d max(0, target - sqrt(Var_d + 1e-4)),   Var unbiased
 
     Args:
-        rows: (N, d), N >= 2.
+        rows: (N, d), N >= 2 over all processes.
     Source: Bardes et al., ICLR 2022 (VICReg), equations 1 and 2.
     """
     with torch.autocast(rows.device.type, enabled=False):
-        deviation = (_wide(rows).var(dim=0) + _EPSILON).sqrt()
-        return (target - deviation).clamp_min(0).mean()
+        if processes() == 1:
+            spread = _wide(rows).var(dim=0)
+        else:
+            centred, count = _centred(rows)
+            spread = all_sum(centred.square().sum(0)) / (count - 1)
+        return (target - (spread + _EPSILON).sqrt()).clamp_min(0).mean()
 
 
 def covariance(rows: Tensor) -> Tensor:
@@ -75,12 +90,12 @@ def covariance(rows: Tensor) -> Tensor:
         c = sum_{i != j} Cov_ij^2 / d,   Cov = X^T X / (N - 1), X centred
 
     Args:
-        rows: (N, d), N >= 2.
+        rows: (N, d), N >= 2 over all processes.
     Source: Bardes et al., ICLR 2022 (VICReg), equations 3 and 4.
     """
     with torch.autocast(rows.device.type, enabled=False):
-        centred = _wide(rows) - _wide(rows).mean(dim=0)
-        cov = centred.T @ centred / (len(rows) - 1)
+        centred, count = _centred(rows)
+        cov = all_sum(centred.T @ centred) / (count - 1)
         return (cov.square().sum() - cov.diagonal().square().sum()) / rows.shape[1]
 
 
@@ -91,7 +106,9 @@ def variance_at_positions(tokens: Tensor, valid: Tensor, target: float = 1.0) ->
         tokens: (B, n, d).
         valid: (B, n) bool; other tokens are no rows.
     """
-    return _masked_variance(tokens.transpose(0, 1), valid.transpose(0, 1), target)
+    with torch.autocast(tokens.device.type, enabled=False):
+        hinge, enough = _masked_hinge(tokens, valid, target, over_images=True)
+        return (hinge * enough).sum() / enough.sum().clamp_min(1)
 
 
 def variance_within(tokens: Tensor, valid: Tensor, target: float = 1.0) -> Tensor:
@@ -103,20 +120,35 @@ def variance_within(tokens: Tensor, valid: Tensor, target: float = 1.0) -> Tenso
         tokens: (B, n, d).
         valid: (B, n) bool; other tokens are no rows.
     """
-    return _masked_variance(tokens, valid, target)
-
-
-def _masked_variance(tokens: Tensor, valid: Tensor, target: float) -> Tensor:
-    """Hinge on the deviation over the second dimension of (G, N, d), mean over groups with two valid rows or more."""
     with torch.autocast(tokens.device.type, enabled=False):
-        x = _wide(tokens)
-        weight = valid.unsqueeze(-1).to(x.dtype)
-        count = weight.sum(1)  # (G, 1)
-        mean = (x * weight).sum(1) / count.clamp_min(1)
-        spread = ((x - mean.unsqueeze(1)).square() * weight).sum(1) / (count - 1).clamp_min(1)
-        hinge = (target - (spread + _EPSILON).sqrt()).clamp_min(0).mean(-1)
-        enough = (count.squeeze(-1) >= 2).to(hinge.dtype)
-        return (hinge * enough).sum() / enough.sum().clamp_min(1)
+        hinge, enough = _masked_hinge(tokens, valid, target, over_images=False)
+        return all_sum((hinge * enough).sum()) / all_sum(enough.sum()).clamp_min(1)
+
+
+def _masked_hinge(tokens: Tensor, valid: Tensor, target: float, *, over_images: bool) -> tuple[Tensor, Tensor]:
+    """Hinge on the deviation of (B, n, d) over images, at each position (n,), or over positions, in each image (B,).
+
+    Returns: The hinge, and 1 where two valid rows or more took part, else 0.
+    """
+    dim, total = (0, all_sum) if over_images else (1, _same)
+    x = _wide(tokens)
+    weight = valid.unsqueeze(-1).to(x.dtype)
+    count = total(weight.sum(dim))
+    mean = total((x * weight).sum(dim)) / count.clamp_min(1)
+    spread = total(((x - mean.unsqueeze(dim)).square() * weight).sum(dim)) / (count - 1).clamp_min(1)
+    hinge = (target - (spread + _EPSILON).sqrt()).clamp_min(0).mean(-1)
+    return hinge, (count.squeeze(-1) >= 2).to(hinge.dtype)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _centred(rows: Tensor) -> tuple[Tensor, Tensor | int]:
+    """Rows (N_w, d) minus the mean of the rows of all processes, and the number of all rows."""
+    x = _wide(rows)
+    mean, count = mean_of_rows(x)
+    return x - mean, count
 
 
 def masked_mean(tokens: Tensor, valid: Tensor) -> Tensor:

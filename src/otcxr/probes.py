@@ -50,13 +50,13 @@ def write_pairs(
     (h', w') of tokens; cost, plan (n, m); a (n,), b (m,); attention (heads, n, m) if any; boxes (k, 4) x, y, width,
     height in [0, 1] of the image; findings (k,); name. A method that pairs nothing writes nothing.
     """
-    training = method.training
+    training, dtype = method.training, next(method.parameters()).dtype
     method.eval()
     for number, record in enumerate(probes.records):
         radiograph = read_pixels(record.image)
         batch = make_views(radiograph, views, view_generator(seed, _EPOCH, number))
         on_device = batch._replace(
-            views=tuple(v.to(device) for v in batch.views),
+            views=tuple(v.to(device, dtype) for v in batch.views),
             geometry=batch.geometry.to(device),
             valid=tuple(v.to(device) for v in batch.valid),
         )

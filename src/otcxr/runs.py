@@ -1,7 +1,8 @@
 """The folder of a run: the only channel between training, evaluation, explanation and report.
 
-    config.yaml  environment.json  skipped.csv  metrics.jsonl  last.ckpt
+    config.yaml  environment.json  skipped.csv  metrics.jsonl  last.ckpt  last-1.ckpt ...
     encoder.safetensors  encoder.json  method.safetensors  pairs/*.npz
+    best/{encoder.safetensors, encoder.json, last.ckpt}
     evaluation/*.json *.csv *.npz   explain/*.png index.json   report.html
 
 Every file is written under a temporary name and renamed, so a reader never sees half of one. ``metrics.jsonl`` alone
@@ -14,7 +15,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -37,8 +38,14 @@ __all__ = ["Run", "describe_environment", "write_atomic"]
 _PACKAGES = ("torch", "numpy", "opencv-python-headless", "scikit-learn", "lightning-fabric", "captum", "pydicom")
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file so that it is either the old one or the whole new one, also when the machine stops."""
+def write_atomic(path: Path, data: bytes | str, before: Callable[[], None] | None = None) -> None:
+    """Write a file so that it is either the old one or the whole new one, also when the machine stops.
+
+    Args:
+        path: The file.
+        data: Its content; text as UTF-8.
+        before: Called when the whole content is on disk, before it gets its name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -46,6 +53,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
+        if before is not None:
+            before()
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -159,47 +168,95 @@ class Run:
         write_atomic(self.path / "metrics.jsonl", "".join(kept))
 
     # --- weights ---
-    def write_checkpoint(self, state: Mapping[str, Any]) -> None:
+    def write_checkpoint(self, state: Mapping[str, Any], keep: int = 1, *, best: bool = False) -> None:
+        """Write ``last.ckpt``; the ones before become ``last-1.ckpt`` and so on, ``keep`` in all.
+
+        A kill between two renames leaves a gap in the numbers, never fewer whole checkpoints than before.
+
+        Args:
+            state: Everything that decides the next step.
+            keep: How many remain.
+            best: Also write it to ``best/``.
+        """
         import torch
 
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
-        write_atomic(self.path / "last.ckpt", buffer.getvalue())
+        if best:
+            write_atomic(self.path / "best" / "last.ckpt", buffer.getvalue())
+        write_atomic(self.path / "last.ckpt", buffer.getvalue(), before=lambda: self._move_checkpoints(keep))
 
-    def read_checkpoint(self) -> dict[str, Any] | None:
-        """Return the last checkpoint, None where there is none yet.
+    def _move_checkpoints(self, keep: int) -> None:
+        for number in range(keep - 1, 0, -1):
+            older = self.path / ("last.ckpt" if number == 1 else f"last-{number - 1}.ckpt")
+            if older.exists():
+                older.replace(self.path / f"last-{number}.ckpt")
 
-        Raises: CheckpointError: the file is damaged.
+    def read_checkpoint(self, tell: Callable[[str], None] | None = None) -> dict[str, Any] | None:
+        """Return the newest whole checkpoint, None where there is none yet.
+
+        Args:
+            tell: Told when a damaged one was passed over.
+        Raises: CheckpointError: there are checkpoints but all are damaged.
         """
-        import torch
-
-        path = self.path / "last.ckpt"
-        if not path.is_file():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises several types for a damaged file
-            raise CheckpointError(f"{path} is damaged ({_first_line(error)}); remove it to start again") from error
-        return state
+        older = sorted(self.path.glob("last-*.ckpt"), key=lambda path: int(path.stem.removeprefix("last-")))
+        damaged = []
+        for path in (self.path / "last.ckpt", *older):
+            if not path.is_file():
+                continue
+            try:
+                state = _load_whole(path)
+            except Exception as error:  # torch raises several types for a damaged file
+                damaged.append(f"{path} is damaged ({_first_line(error)})")
+                continue
+            if damaged and tell is not None:
+                tell(f"warning: {'; '.join(damaged)}; going on from {path.name}, step {state['step']}")
+            return state
+        if damaged:
+            raise CheckpointError(f"{'; '.join(damaged)}; remove it to start again")
+        return None
 
     def write_weights(self, method: nn.Module, encoder: Encoder, facts: Mapping[str, Any]) -> None:
         """Write the plain encoder, its description, and the whole method (for pairs of new images)."""
-        from safetensors.torch import save
+        self._write_encoder("", encoder, facts)
+        write_atomic(self.path / "method.safetensors", _plain(method))
 
+    def write_best(self, encoder: Encoder, facts: Mapping[str, Any]) -> None:
+        """Write the plain encoder to ``best/``; ``facts`` say by which measure it is the best so far."""
+        self._write_encoder("best/", encoder, facts)
+
+    def _write_encoder(self, folder: str, encoder: Encoder, facts: Mapping[str, Any]) -> None:
         from otcxr.nn.encoder import describe
 
-        def plain(module: nn.Module) -> dict[str, Any]:
-            return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-
-        write_atomic(self.path / "encoder.safetensors", save(plain(encoder)))
-        self.write_json("encoder.json", {**describe(encoder), **facts})
-        write_atomic(self.path / "method.safetensors", save(plain(method)))
+        write_atomic(self.path / f"{folder}encoder.safetensors", _plain(encoder))
+        self.write_json(f"{folder}encoder.json", {**describe(encoder), **facts})
 
     # --- arrays ---
     def write_arrays(self, name: str, arrays: Mapping[str, Any]) -> None:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **dict(arrays))
         write_atomic(self.path / name, buffer.getvalue())
+
+
+def _plain(module: nn.Module) -> bytes:
+    from safetensors.torch import save
+
+    data: bytes = save({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()})
+    return data
+
+
+def _load_whole(path: Path) -> dict[str, Any]:
+    """Load a checkpoint after comparing every part of it with its checksum (the file is a zip archive)."""
+    import zipfile
+
+    import torch
+
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise CheckpointError(f"the checksum of {broken} is wrong")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 def _alive(process: str) -> bool:

@@ -11,6 +11,7 @@ from otcxr.data.dataset import DataConfig
 from otcxr.data.views import ViewsConfig
 from otcxr.errors import ConfigError, did_you_mean
 from otcxr.methods import METHODS
+from otcxr.optim import OPTIMIZERS
 
 __all__ = [
     "FREE",
@@ -23,8 +24,12 @@ __all__ = [
 ]
 
 # Settings that may change between a run and its continuation. The images themselves are compared by a digest, so a
-# folder may have moved; another accelerator computes the same up to rounding.
-FREE = {"out", "resume", "data.source", "data.workers", "data.cache_gb", "train.accelerator", "train.log_every"}
+# folder may have moved; another accelerator, or another number of processes, computes the same up to rounding.
+FREE = {
+    "out", "resume", "data.source", "data.workers", "data.cache_gb", "train.accelerator", "train.devices",
+    "train.nodes", "train.log_every", "train.on_collapse", "train.collapse_patience", "train.checkpoint_minutes",
+    "train.keep", "train.online_images",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,50 +52,92 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How it is trained: AdamW, linear warm-up, half a cosine to 0, clipped gradients.
+    """How it is trained: linear warm-up, half a cosine to 0, clipped gradients, on one device or many.
 
     Attributes:
         epochs: Passes over the images.
-        batch_size: Images a step.
+        batch_size: Images a step, over all processes and accumulated parts together: the training stays the same
+            whatever it runs on.
+        accumulate: Parts of a batch that are computed one after the other, for memory. Equal to the whole batch only
+            where the loss is a mean over images; BatchNorm, negatives, variance and covariance see one part at a time.
+        optimizer: adamw, sgd or lars. Each needs a learning rate of its own order: about 0.001, 0.05 and 0.3.
         learning_rate: Peak of the schedule.
         weight_decay: Of weights; biases and norms are not decayed.
+        momentum: Of sgd and lars; 0 is plain gradient descent.
+        trust: Of lars: length of a layer's step relative to its weights.
         warmup: Share of all steps in which the rate rises.
-        clip: Largest norm of the gradient.
-        precision: Of Fabric: 32-true or bf16-mixed.
+        clip: Largest norm of the gradient; null clips nothing.
+        precision: 32-true, bf16-mixed (half-precision convolutions; similarities, softmax, transport, variances stay in
+            32 bits) or 64-true (for checks).
         accelerator: auto, cpu or cuda.
+        devices: GPUs, or processes on a CPU, of this machine. torchrun and SLURM say it themselves.
+        nodes: Machines. torchrun and SLURM say it themselves.
+        strategy: ddp (every process holds all weights) or fsdp (weights and optimizer are spread over the processes).
+        sync_batchnorm: BatchNorm over the batch of all processes instead of each its own.
         log_every: Steps between two lines of metrics.jsonl.
         health_every: Steps between two looks at the health of the run.
+        on_collapse: What an unhealthy verdict does: ignore, warn (say it when it changes) or stop.
+        collapse_patience: Looks in a row, after the warm-up, that must be unhealthy to stop.
+        checkpoint_minutes: Longest time between two checkpoints; there is one at every end of an epoch besides.
+        keep: Checkpoints that are kept, newest first: last.ckpt, last-1.ckpt and so on.
+        online_images: Labelled images for the probe and the nearest neighbours that watch the training at every end
+            of an epoch, and as many to judge them on; 0 watches nothing. They do not touch the training.
         probes: Radiographs whose pair of views is stored with masses, cost and plan.
     """
 
     epochs: int = 100
     batch_size: int = 64
+    accumulate: int = 1
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
+    momentum: float = 0.9
+    trust: float = 0.001
     warmup: float = 0.1
-    clip: float = 1.0
+    clip: float | None = 1.0
     precision: str = "32-true"
     accelerator: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    strategy: str = "ddp"
+    sync_batchnorm: bool = True
     log_every: int = 10
     health_every: int = 50
+    on_collapse: str = "warn"
+    collapse_patience: int = 5
+    checkpoint_minutes: float = 15.0
+    keep: int = 2
+    online_images: int = 512
     probes: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "log_every", "health_every"):
+        positive = ("epochs", "batch_size", "accumulate", "devices", "nodes", "log_every", "health_every",
+                    "collapse_patience", "keep")  # fmt: skip
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, received {getattr(self, name)}")
         if self.batch_size < 2:
             raise ConfigError("train.batch_size must be at least 2: variance and contrast need another image")
-        if self.learning_rate <= 0 or self.clip <= 0 or not 0 <= self.warmup < 1:
+        if self.learning_rate <= 0 or (self.clip is not None and self.clip <= 0) or not 0 <= self.warmup < 1:
             raise ConfigError("train.learning_rate and train.clip must be > 0 and train.warmup in [0, 1), received "
                               f"{self.learning_rate}, {self.clip}, {self.warmup}")  # fmt: skip
-        if self.accelerator not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"train.accelerator must be auto, cpu or cuda, received '{self.accelerator}'")
-        if self.precision not in ("32-true", "bf16-mixed"):
-            raise ConfigError(f"train.precision must be 32-true or bf16-mixed, received '{self.precision}'")
-        if self.weight_decay < 0 or self.probes < 0:
-            raise ConfigError(f"train.weight_decay and train.probes must be >= 0, received {self.weight_decay} and "
-                              f"{self.probes}")  # fmt: skip
+        if not 0 <= self.momentum < 1 or self.trust <= 0 or self.checkpoint_minutes <= 0:
+            raise ConfigError("train.momentum must be in [0, 1), train.trust and checkpoint_minutes > 0, received "
+                              f"{self.momentum}, {self.trust}, {self.checkpoint_minutes}")  # fmt: skip
+        choices = {
+            "accelerator": ("auto", "cpu", "cuda"),
+            "optimizer": OPTIMIZERS,
+            "on_collapse": ("ignore", "warn", "stop"),
+            "precision": ("32-true", "bf16-mixed", "64-true"),
+            "strategy": ("ddp", "fsdp"),
+        }
+        for name, known in choices.items():
+            given = getattr(self, name)
+            if given not in known:
+                raise ConfigError(f"train.{name} must be {', '.join(known[:-1])} or {known[-1]}, received '{given}'")
+        if self.weight_decay < 0 or self.probes < 0 or self.online_images < 0:
+            raise ConfigError("train.weight_decay, train.probes and train.online_images must be >= 0, received "
+                              f"{self.weight_decay}, {self.probes} and {self.online_images}")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ import csv
 import logging
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +21,21 @@ from torch.utils.data import Dataset, Sampler
 
 from otcxr.data.images import fit_square, load_radiograph
 from otcxr.data.records import Collection, ImageRef, Radiograph, Record, Skipped
-from otcxr.data.views import MIN_VALID, ViewBatch, ViewsConfig, make_views, view_generator
+from otcxr.data.views import MIN_VALID, ViewBatch, ViewsConfig, collate_views, make_views, view_generator
 from otcxr.errors import ConfigError, DataError
 
 __all__ = [
+    "Checked",
     "DataConfig",
     "EpochBatches",
     "ImageDataset",
+    "LoadedViews",
     "PixelCache",
     "ViewDataset",
     "check_records",
+    "join_views",
     "read_pixels",
+    "refuse_too_many",
     "write_skipped",
 ]
 
@@ -95,9 +101,30 @@ class PixelCache:
         return Radiograph(torch.from_numpy(image_01), torch.from_numpy(mask), spacing)
 
 
+class Checked(NamedTuple):
+    """What reading every image once has shown.
+
+    Attributes:
+        usable: Indices of the records that can be used.
+        skipped: Everything that is skipped, with its reason; the reader's part first.
+        contents: A number that changes when the pixels of a usable image change; independent of the order of reading.
+    """
+
+    usable: list[int]
+    skipped: list[Skipped]
+    contents: str
+
+
 def check_records(
-    collection: Collection, cache: PixelCache, max_skipped: float, progress: Callable[[int], None] | None = None
-) -> tuple[list[int], list[Skipped]]:
+    collection: Collection,
+    cache: PixelCache,
+    max_skipped: float,
+    progress: Callable[[int], None] | None = None,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    everyone: Callable[[object], list[Any]] | None = None,
+) -> Checked:
     """Read every image once, so that a broken file is found before training and not in its middle.
 
     Args:
@@ -105,42 +132,57 @@ def check_records(
         cache: Keeps what fits, so that the reading is not wasted.
         max_skipped: Largest share of missing and broken images.
         progress: Called with the number of images read so far.
-    Returns: Indices of the usable records, and everything that is skipped with its reason, the reader's part first.
+        process, processes: This process reads every ``processes``-th image, from ``process`` on.
+        everyone: Gathers a plain value of each process; needed with more than one.
     Raises: DataError: nothing is usable, or more than ``max_skipped`` is not.
     """
 
-    def read(index: int) -> Skipped | None:
+    def read(index: int) -> Skipped | int:
+        record = collection.records[index]
         try:
-            valid = cache.get(collection.records[index].image).valid
+            radiograph = cache.get(record.image)
         except DataError as error:
-            return Skipped(collection.records[index].name, str(error))
-        share = float(valid.float().mean())
+            return Skipped(record.name, str(error))
+        share = float(radiograph.valid.float().mean())
         if share < MIN_VALID:
             why = f"only {share:.1%} of its area is a picture, the rest is padding; at least {MIN_VALID:.0%} is needed"
-            return Skipped(collection.records[index].name, why)
-        return None
+            return Skipped(record.name, why)
+        # index and shape tell two equal pictures apart, and a picture from its transpose
+        pixels = radiograph.image.numpy()
+        return zlib.crc32(pixels.tobytes(), zlib.crc32(repr((index, pixels.shape)).encode()))
 
-    usable, skipped = [], list(collection.skipped)
     total = len(collection.records)
+    own = range(process, total, processes)
+    found: dict[int, Skipped | int] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for index, problem in enumerate(pool.map(read, range(total))):
-            if problem is None:
-                usable.append(index)
-            else:
-                skipped.append(problem)
+        for number, (index, result) in enumerate(zip(own, pool.map(read, own), strict=True)):
+            found[index] = result
             if progress is not None:
-                progress(index + 1)
+                progress(min(total, (number + 1) * processes))
+    if everyone is not None:
+        found = {index: result for part in everyone(found) for index, result in part.items()}
+    usable = [index for index in range(total) if not isinstance(found[index], Skipped)]
+    broken = [found[index] for index in range(total)]
+    skipped = [*collection.skipped, *(item for item in broken if isinstance(item, Skipped))]
+    contents = sum(item for item in broken if not isinstance(item, Skipped)) % 2**64
     named = total + len(collection.skipped)
     if not named:
         raise DataError(f"{collection.name} has no images; check data.source and data.split")
+    refuse_too_many(skipped, named, max_skipped, collection.name, anything=bool(usable))
+    return Checked(usable, skipped, f"{contents:016x}")
+
+
+def refuse_too_many(
+    skipped: Sequence[Skipped], named: int, max_skipped: float, name: str, *, anything: bool = True
+) -> None:
+    """Raise DataError where more than the share ``max_skipped`` of ``named`` images, or everything, cannot be used."""
     share = len(skipped) / named
-    if share > max_skipped or not usable:
-        enough = f"set data.max_skipped to {math.ceil(share * 1000) / 1000:.3f}" if usable else "check data.source"
+    if share > max_skipped or not anything:
+        enough = f"set data.max_skipped to {math.ceil(share * 1000) / 1000:.3f}" if anything else "check data.source"
         raise DataError(
-            f"{len(skipped)} of {named} images of {collection.name} cannot be used (first: {skipped[0].image}: "
+            f"{len(skipped)} of {named} images of {name} cannot be used (first: {skipped[0].image}: "
             f"{skipped[0].reason}); at most {max_skipped:.1%} may be skipped. Mend them, or {enough}"
         )
-    return usable, skipped
 
 
 def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
@@ -154,43 +196,104 @@ def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
     temporary.replace(path)
 
 
-class ViewDataset(Dataset[ViewBatch]):
-    """Views for pre-training. Item (epoch, index) depends on nothing but the seed, the epoch and the index."""
+class LoadedViews(NamedTuple):
+    """Views of one image or of a batch, and the images that could not be read and were stood in for."""
 
-    def __init__(self, records: Sequence[Record], views: ViewsConfig, seed: int, cache: PixelCache) -> None:
-        self._records, self._views, self._seed, self._cache = records, views, seed, cache
+    batch: ViewBatch
+    lost: tuple[Skipped, ...]
 
-    def __getitem__(self, item: tuple[int, int]) -> ViewBatch:
+
+def join_views(samples: Sequence[LoadedViews]) -> LoadedViews:
+    """Join samples along the batch dimension."""
+    return LoadedViews(collate_views([s.batch for s in samples]), tuple(item for s in samples for item in s.lost))
+
+
+class ViewDataset(Dataset[LoadedViews]):
+    """Views for pre-training. Item (epoch, index) depends on nothing but the seed, the epoch, the index and the files.
+
+    All images were readable when the training began. One that is not any more is stood in for by another, drawn from
+    (seed, epoch, index), so that a batch stays whole and a resume sees the same; it is reported in ``lost``.
+
+    Args:
+        records: What ``index`` counts.
+        usable: Indices of the records that may stand in.
+        views: How views are drawn.
+        seed: Of the run.
+        cache: Decoded images.
+    Raises: DataError: several images in a row cannot be read.
+    """
+
+    _TRIES = 10
+
+    def __init__(
+        self, records: Sequence[Record], usable: Sequence[int], views: ViewsConfig, seed: int, cache: PixelCache
+    ) -> None:
+        self._records, self._usable, self._views, self._seed, self._cache = records, usable, views, seed, cache
+
+    def __getitem__(self, item: tuple[int, int]) -> LoadedViews:
         epoch, index = item
-        radiograph = self._cache.get(self._records[index].image)
-        return make_views(radiograph, self._views, view_generator(self._seed, epoch, index))
+        lost: list[Skipped] = []
+        others = np.random.default_rng(np.random.SeedSequence((self._seed, epoch, index, 1)))
+        wanted = index
+        while True:
+            record = self._records[wanted]
+            try:
+                radiograph = self._cache.get(record.image)
+                break
+            except DataError as error:
+                lost.append(Skipped(record.name, f"unreadable in epoch {epoch + 1}: {error}"))
+            if len(lost) == self._TRIES:
+                raise DataError(
+                    f"{len(lost)} images in a row cannot be read any more (last: {lost[-1].image}: {lost[-1].reason}); "
+                    "is the folder still there?"
+                )
+            wanted = self._usable[int(others.integers(len(self._usable)))]
+        batch = make_views(radiograph, self._views, view_generator(self._seed, epoch, index))
+        return LoadedViews(batch, tuple(lost))
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) in the random order of one epoch; the last incomplete batch is left out.
 
+    The order of the whole batches does not depend on the number of processes: batch k is cut into ``accumulate`` parts,
+    each part into one piece for each process, and this sampler gives the pieces of one of them.
+
     Args:
         indices: Indices of the usable records.
-        batch_size: Images a batch.
+        batch_size: Images a step, over all processes and parts; a multiple of ``processes * accumulate``.
         seed: Of the run. The order depends on (seed, epoch) only.
+        process, processes: Which pieces.
+        accumulate: Parts of a batch.
     """
 
-    def __init__(self, indices: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        seed: int,
+        *,
+        process: int = 0,
+        processes: int = 1,
+        accumulate: int = 1,
+    ) -> None:
         self._indices = np.asarray(indices)
         self._batch_size, self._seed = batch_size, seed
+        self._process, self._processes, self._accumulate = process, processes, accumulate
         self.epoch = 0
-        self.first = 0  # batches of this epoch that are already done (resume)
+        self.first = 0  # whole batches of this epoch that are already done (resume)
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Whole batches, so optimizer steps, in an epoch."""
         return len(self._indices) // self._batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         # 2^32 - 1 sets the stream of the order apart from the streams of the views, whose third number is an index
         order = view_generator(self._seed, self.epoch, 2**32 - 1).permutation(len(self._indices))
+        piece = self._batch_size // (self._processes * self._accumulate)
         for batch in range(self.first, len(self)):
-            chosen = self._indices[order[batch * self._batch_size : (batch + 1) * self._batch_size]]
-            yield [(self.epoch, int(index)) for index in chosen]
+            for part in range(self._accumulate):
+                start = batch * self._batch_size + (part * self._processes + self._process) * piece
+                yield [(self.epoch, int(index)) for index in self._indices[order[start : start + piece]]]
 
 
 class ImageDataset(Dataset[Tensor]):

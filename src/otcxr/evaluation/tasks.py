@@ -220,7 +220,7 @@ def _usable(
     Raises: DataError: nothing is left, or more than ``max_skipped`` is missing.
     """
     with progress.bar("reading images", len(part.records), "images") as bar:
-        usable, skipped = check_records(part, pixels, config.max_skipped, bar)
+        usable, skipped, _ = check_records(part, pixels, config.max_skipped, bar)
     if skipped:
         progress.say(f"skipped {len(skipped)} images (first: {skipped[0].image}: {skipped[0].reason})")
     return part._replace(records=[part.records[index] for index in usable]), skipped

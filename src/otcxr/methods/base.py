@@ -58,6 +58,11 @@ class StepOutput(NamedTuple):
 class SSLMethod(nn.Module, ABC):
     """A method: ``forward`` is its loss, so DDP, compile and autocast see an ordinary module.
 
+    What a method owes the training, held by the contract tests: every step gives every trainable parameter a gradient
+    (DDP waits for all of them); everything that decides the next step is a parameter or a persistent buffer (momentum
+    copies, queues, centres), so it is in the checkpoint; random numbers come from torch's default generator, which the
+    training seeds for every step; what couples the images of a batch goes through ``otcxr.distributed``.
+
     Args:
         encoder: The network that is kept after pre-training.
         settings: An instance of the method's settings dataclass.
@@ -77,6 +82,10 @@ class SSLMethod(nn.Module, ABC):
     def match(self, batch: ViewBatch) -> Match | None:
         """Return what the method itself pairs in the first two views; None if it pairs no positions."""
         return None
+
+    def constant_rate(self) -> Sequence[nn.Parameter]:
+        """Return the parameters whose learning rate stays at its peak (SimSiam's predictor)."""
+        return ()
 
     def after_step(self, progress: float) -> None:
         """Do what follows an optimizer step (momentum copies, queues). ``progress`` of the training is in [0, 1]."""

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from otcxr.data.geometry import ViewBatch, token_valid
+from otcxr.distributed import mean_of_rows
 from otcxr.errors import ConfigError, DataError
 from otcxr.losses import (
     covariance,
@@ -168,6 +169,8 @@ class OTCXR(SSLMethod):
         self.cross_view = CrossViewAttention(dim, settings.heads) if needs_cross_view else None
         if self.cross_view is not None and not settings.infuse and not settings.mass_gradient:
             self.cross_view.requires_grad_(False)  # nothing would train it: then it is a fixed random attention
+        if self.cross_view is not None and not settings.infuse and settings.mass == "attention":
+            self.cross_view.out.requires_grad_(False)  # R is not used, and DDP waits for every trainable parameter
         self.pooled_projector = (
             ProjectionHead(dim, settings.global_hidden, settings.global_outputs, final_norm=False)
             if settings.global_weight > 0
@@ -193,7 +196,11 @@ class OTCXR(SSLMethod):
         if s.mass_weight > 0 and s.mass_gradient and s.mass != "uniform":
             terms["mass"] = sum(map(self._concentration, pair.masses, pair.valid), loss.new_zeros(())) / 2
             loss = loss + s.mass_weight * terms["mass"]
+        with torch.no_grad():  # what the transport costs when nothing is matched: P = mu nu^T
+            mu, nu = pair.masses
+            terms["transport_chance"] = (mu.unsqueeze(-1) * pair.cost * nu.unsqueeze(-2)).sum((-1, -2)).mean()
         terms["residual"] = pair.transport.residual.max()
+        terms["iterations"] = pair.transport.iterations.to(loss.dtype).mean()
         observed = None
         if observe:
             pooled = torch.cat((pool(maps[0]), pool(maps[1]))).detach()
@@ -226,7 +233,7 @@ class OTCXR(SSLMethod):
             q_s, q_t = self.projector(z_s), self.projector(z_t)
         with torch.autocast(q_s.device.type, enabled=False):
             wide_s, wide_t = at_least_float32(q_s), at_least_float32(q_t)
-            centre = torch.cat((wide_s[valid_s], wide_t[valid_t])).mean(0) if s.centred_cost else 0.0
+            centre = mean_of_rows(torch.cat((wide_s[valid_s], wide_t[valid_t])))[0] if s.centred_cost else 0.0
             cost = cosine_cost(wide_s - centre, wide_t - centre)
         transport = sinkhorn(
             cost, mu, nu, epsilon=s.epsilon, tolerance=s.tolerance, max_iterations=s.max_iterations,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from otcxr.data.geometry import ViewBatch
+from otcxr.distributed import processes
 from otcxr.errors import ConfigError
 from otcxr.losses import nt_xent, nt_xent_chance
 from otcxr.methods.base import Observed, SSLMethod, StepOutput, encode_views, tokens_of
@@ -55,6 +56,7 @@ class SimCLR(SSLMethod):
         pooled = torch.cat([pool(m) for m in maps])
         first, second = self.head(pooled).chunk(2)
         loss = nt_xent(first, second, self.settings.temperature)
-        terms = {"contrastive": loss.detach(), "chance": loss.new_tensor(nt_xent_chance(len(first)))}
+        chance = loss.new_tensor(nt_xent_chance(len(first) * processes()))
+        terms = {"contrastive": loss.detach(), "contrastive_chance": chance}
         observed = Observed(pooled.detach(), tokens_of(maps[0][-1]).detach(), None) if observe else None
         return StepOutput(loss, terms, observed)

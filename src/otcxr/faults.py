@@ -1,0 +1,87 @@
+"""What goes wrong around a training: requests to stop, and failures of the machine in words that name the fix."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from otcxr.errors import OtcxrError
+
+__all__ = ["Collapsed", "Interrupted", "explain_fault", "ignore_signals", "stop_request"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; the end of a job; SLURM's notice before it
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Interrupted(OtcxrError):
+    """The run was stopped on request and can go on with ``resume``."""
+
+
+class Collapsed(OtcxrError):
+    """The run was stopped because its health says that nothing is learned."""
+
+
+@contextmanager
+def stop_request() -> Iterator[threading.Event]:
+    """Turn Ctrl-C, SIGTERM and SIGUSR1 into a request that is honoured after the step; a second Ctrl-C ends at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, request) for number in _SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker: int) -> None:
+    """Let a loader process ignore requests to stop: they reach the whole group, and the training still needs it.
+
+    It ends with the training, or when it finds that the training is gone.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def explain_fault(
+    error: Exception, *, batch_size: int, accumulate: int, size: int, workers: int, kept: str
+) -> OtcxrError | None:
+    """Say what a failure of the machine means and what mends it; None where it is not one of those.
+
+    Args:
+        error: What was raised during the training.
+        batch_size, accumulate, size, workers: train.batch_size, train.accumulate, views.size, data.workers.
+        kept: What the last checkpoint holds, as a sentence.
+    """
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return OtcxrError(
+            f"out of memory with train.batch_size = {batch_size} in {accumulate} part(s) of views of {size} pixels; "
+            f"lower train.batch_size, raise train.accumulate to {2 * accumulate}, or use train.precision bf16-mixed. "
+            f"{kept}"
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        how = "it was killed, most often for want of memory" if "killed" in text.lower() else "it ended unexpectedly"
+        return OtcxrError(
+            f"a loader process died: {how} ({text.splitlines()[0][:200]}); lower data.workers (now {workers}) or "
+            f"data.cache_gb, which counts for each of them. {kept}"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        what = "free some space" if error.errno in _FULL else "check its rights and that it can be written to"
+        where = f" {error.filename}" if error.filename else ""
+        return OtcxrError(f"writing the run failed:{where} {error.strerror}; {what}. {kept}")
+    return None

@@ -1,0 +1,392 @@
+"""The loop of pre-training on Fabric: steps, checkpoints, health, and what ends it early.
+
+    views of train.batch_size images -> loss, mean over parts and processes -> gradients, clipped -> optimizer
+    every train.health_every steps: health and verdict;  every end of an epoch: online judgement, checkpoint
+
+A checkpoint is taken between two steps and holds what decides the next one: weights and buffers of the method (momentum
+copies, queues, centres), the optimizer's state, the number of steps. Order, views and random numbers follow from the
+seed and that number, so a continuation is the same training, bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch.utils.data import DataLoader
+
+from otcxr.console import Bar, Progress
+from otcxr.data.dataset import (
+    EpochBatches,
+    LoadedViews,
+    PixelCache,
+    ViewDataset,
+    join_views,
+    refuse_too_many,
+    write_skipped,
+)
+from otcxr.data.geometry import ViewBatch
+from otcxr.data.records import Collection, Record, Skipped
+from otcxr.distributed import agree, alone, everyone, mean_over_processes, process, processes
+from otcxr.errors import OtcxrError
+from otcxr.faults import Collapsed, Interrupted, explain_fault, ignore_signals, stop_request
+from otcxr.health import Watch, observe, verdict
+from otcxr.launch import full_state, restore_optimizer, set_up
+from otcxr.methods import METHODS, SSLMethod, StepOutput
+from otcxr.nn.encoder import build_encoder, load_state
+from otcxr.online import OnlineProbe
+from otcxr.optim import cosine_schedule, make_optimizer, set_learning_rate
+from otcxr.probes import write_pairs
+from otcxr.runs import Run
+from otcxr.settings import PretrainConfig
+
+__all__ = ["FORMAT", "Data", "Training", "build_method"]
+
+FORMAT = 2  # of a checkpoint
+
+
+def build_method(config: PretrainConfig) -> SSLMethod:
+    """Build method and encoder with initial weights that depend on the seed only, not on the global random state.
+
+    All methods of one seed start from the same encoder.
+    """
+    encoder = build_encoder(
+        config.encoder.name,
+        width=config.encoder.width,
+        stride=config.encoder.stride or 32,
+        padding=config.encoder.padding,
+        seed=config.seed,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed + 1)  # not torch.manual_seed: it reseeds the GPU too
+        return METHODS[config.method].build(encoder, config.settings)
+
+
+class Data(NamedTuple):
+    """The images of a training: the split, indices of the usable ones, the skipped ones, pixels in memory."""
+
+    collection: Collection
+    usable: list[int]
+    skipped: list[Skipped]
+    cache: PixelCache
+
+
+class Training:
+    """The loop: from the checkpoint, or from the start, to the last epoch."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        fabric: Fabric,
+        run: Run,
+        method: SSLMethod,
+        data: Data,
+        facts: Mapping[str, Any],
+        probes: Collection,
+        online: OnlineProbe | None,
+        checkpoint: Mapping[str, Any] | None,
+        progress: Progress,
+    ) -> None:
+        train = config.train
+        self.config, self.fabric, self.run, self.method, self.data = config, fabric, run, method, data
+        self.facts, self.probes, self.online, self.progress = facts, probes, online, progress
+        self.sampler = EpochBatches(
+            data.usable, train.batch_size, config.seed,
+            process=process(), processes=processes(), accumulate=train.accumulate,
+        )  # fmt: skip
+        records: Sequence[Record] = data.collection.records
+        self.loader = DataLoader(
+            ViewDataset(records, data.usable, config.views, config.seed, data.cache),
+            batch_sampler=self.sampler, collate_fn=join_views, num_workers=config.data.workers,
+            pin_memory=fabric.device.type == "cuda", worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # else every epoch would take a number from the global stream
+        )  # fmt: skip
+        self.steps = len(self.sampler)  # an epoch
+        self.total = self.steps * train.epochs
+        self.warmup = round(train.warmup * self.total)
+        self.step, self.elapsed, self.epoch_loss = 0, 0.0, 0.0
+        self.lost: list[Skipped] = []
+        self.best: float | None = None
+        self.watch = Watch(train.collapse_patience, self.warmup)
+        self.collapsed, self.mark, self.verdict = False, "", ""
+        self.module, self.optimizer = set_up(fabric, method, train, self._make_optimizer)
+        self.saved_step: int | None = None
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def _make_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
+        train = self.config.train
+        return make_optimizer(
+            module, train.optimizer, learning_rate=train.learning_rate, weight_decay=train.weight_decay,
+            momentum=train.momentum, trust=train.trust, constant_rate=self.method.constant_rate(),
+        )  # fmt: skip
+
+    # --- what decides the next step ---
+    def _state(self, weights: Mapping[str, Any], optimizer: Mapping[str, Any], *, new_epoch: bool) -> dict[str, Any]:
+        left_out = set(range(len(self.data.collection.records))) - set(self.data.usable)
+        return {
+            "format": FORMAT, "method": dict(weights), "optimizer": dict(optimizer), "step": self.step,
+            "epoch_loss": 0.0 if new_epoch else self.epoch_loss, "elapsed_s": self.elapsed, "best": self.best,
+            "watch": self.watch.state(), "data_digest": self.facts["data_digest"], "left_out": sorted(left_out),
+        }  # fmt: skip
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint; the weights were loaded before the processes shared them."""
+        restore_optimizer(self.method, self.optimizer, state["optimizer"], self.config.train)
+        self.step = self.saved_step = int(state["step"])
+        self.epoch_loss, self.elapsed = float(state["epoch_loss"]), float(state["elapsed_s"])
+        self.best = state["best"]
+        self.watch.load(state["watch"])
+
+    def _save(self, *, end_of_epoch: bool = False) -> None:
+        """Write everything a continuation needs, and what others read: the encoder, the method, the pairs."""
+        weights, optimizer = full_state(self.method, self.optimizer, self.config.train)
+        if process() == 0:
+            with alone():
+                self._write(weights, optimizer, end_of_epoch)
+        if end_of_epoch:
+            self.epoch_loss = 0.0
+        self.saved_step = self.step
+        everyone(None)  # nobody leaves before it is written
+
+    def _write(self, weights: Mapping[str, Any], optimizer: Mapping[str, Any], end_of_epoch: bool) -> None:
+        method = self._whole(weights)
+        best = self._judge(method) if end_of_epoch else None
+        where = {**self.facts, "step": self.step, "epochs": self.step / self.steps}
+        if self.step:
+            self.run.write_weights(method, method.encoder, where)
+            write_pairs(self.run, method, self.probes, self.config.views, self.config.seed, self.fabric.device)
+        if best is not None:
+            self.run.write_best(method.encoder, {**where, "best": best})
+        state = self._state(weights, optimizer, new_epoch=end_of_epoch)
+        self.run.write_checkpoint(state, self.config.train.keep, best=best is not None)
+
+    def _judge(self, method: SSLMethod) -> dict[str, Any] | None:
+        """Judge the encoder at the end of an epoch; by which measure it is the best so far, None if it is not."""
+        epoch, better = round(self.step / self.steps, 4), False
+        name, value = "mean loss of the epoch", self.epoch_loss / self.steps
+        if self.online is not None:
+            result = self.online.judge(method.encoder)
+            self.run.append_metrics({"step": self.step, "epoch": epoch, "online": result})
+            name, value = f"online kNN, macro AUROC, {result['judged_on']}", self.online.score(result)
+            better = not math.isnan(value) and (self.best is None or value > self.best)
+        else:
+            better = self.best is None or value < self.best
+        if not better:
+            return None
+        self.best = value
+        return {"measure": name, "value": value}
+
+    def _whole(self, weights: Mapping[str, Any]) -> SSLMethod:
+        """The method with all of its weights in this process."""
+        if self.config.train.strategy == "ddp":
+            return self.method
+        method = build_method(self.config)
+        load_state(method, weights, "the sharded weights")
+        return method.to(self.fabric.device)
+
+    # --- the loop ---
+    def run_to_end(self, stop_after: int | None = None) -> None:
+        """Train to the last epoch, or to step ``stop_after``."""
+        if process() == 0:
+            self.run.cut_metrics(self.step)
+        if self.step >= self.total:
+            self.progress.say(f"{self.run.path} has finished all {self.config.train.epochs} epochs already")
+            return
+        self.method.train()
+        images = self.total * self.config.train.batch_size
+        try:
+            with stop_request() as stop, self.progress.bar("pre-training", images, "images") as bar:
+                if self.saved_step is None:
+                    self._save()  # a folder that cannot be written to is found now, not after the first epoch
+                self._loop(stop_after, stop.is_set, bar)
+        except (RuntimeError, MemoryError, OSError) as error:
+            fault = explain_fault(
+                error, batch_size=self.config.train.batch_size, accumulate=self.config.train.accumulate,
+                size=self.config.views.size, workers=self.config.data.workers, kept=self._kept(),
+            )  # fmt: skip
+            if fault is None:
+                raise
+            raise fault from error
+        if process() == 0:
+            seen = [line["verdict"]["text"] for line in self.run.read_metrics() if "verdict" in line]
+            self.progress.say(seen[-1])
+
+    def _loop(self, stop_after: int | None, asked: Any, bar: Bar) -> None:
+        train = self.config.train
+        self.tick = saved_at = time.monotonic()
+        while self.step < self.total:
+            self.sampler.epoch, self.sampler.first = divmod(self.step, self.steps)
+            batches = iter(self.loader)
+            for _ in range(self.sampler.first, self.steps):
+                loss = self._one_step(batches)
+                bar(self.step * train.batch_size, f"loss {loss:.3f}{self.mark}")
+                ends = self.step % self.steps == 0
+                late = time.monotonic() - saved_at > 60 * train.checkpoint_minutes
+                stop, late, collapsed = self._any(asked() or self.step == stop_after, late, self.collapsed)
+                if ends or stop or late or collapsed:
+                    self._save(end_of_epoch=ends)
+                    self._report_lost()
+                    saved_at = time.monotonic()
+                if collapsed:
+                    raise self._told(Collapsed(
+                        f"stopped after step {self.step} of {self.total}: {self.verdict}. The state is saved; change "
+                        f"the settings, or go on nevertheless with: otcxr pretrain --resume true "
+                        f"--train.on_collapse warn --out {self.run.path}"
+                    ))  # fmt: skip
+                if self.step == stop_after:
+                    return
+                if stop and self.step < self.total:
+                    raise self._told(Interrupted(
+                        f"stopped after step {self.step} of {self.total}; "
+                        f"go on with: otcxr pretrain --resume true --out {self.run.path}"
+                    ))  # fmt: skip
+
+    def _one_step(self, batches: Iterator[LoadedViews]) -> float:
+        """One step of the optimizer; the loss, mean over parts and processes."""
+        train, number = self.config.train, self.step
+        factor = cosine_schedule(number, self.warmup, self.total)
+        set_learning_rate(self.optimizer, train.learning_rate, factor)
+        look = number % train.health_every == 0 or number + 1 == self.total
+        self.optimizer.zero_grad()
+        loss = 0.0
+        for part in range(train.accumulate):
+            batch = self._fetch(batches)
+            self._seed(part)
+            last = part + 1 == train.accumulate
+            with self.fabric.no_backward_sync(self.module, enabled=not last):
+                output = self._forward(batch, observe=look and last)
+                self.fabric.backward(output.loss / train.accumulate)
+            loss += float(output.loss.detach()) / train.accumulate
+        (loss,) = mean_over_processes([loss], self.fabric.device)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss}")
+        norm = self._clip()
+        if not math.isfinite(norm):  # before the step: no weight may take it in
+            raise self._diverged(f"the gradient's norm is {norm}")
+        self.optimizer.step()
+        self.step += 1
+        self.epoch_loss += loss
+        self.method.after_step(self.step / self.total)
+        # wall time since the last step ended, so views, health and checkpoints are in it
+        now = time.monotonic()
+        spent, self.tick = now - self.tick, now
+        self.elapsed += spent
+        if look or self.step % train.log_every == 0:
+            self._log(output, batch, loss, norm, train.learning_rate * factor, spent)
+        return loss
+
+    def _fetch(self, batches: Iterator[LoadedViews]) -> ViewBatch:
+        """The next part of the batch on this device; a source that is gone ends all processes."""
+        problem, loaded = None, None
+        try:
+            loaded = next(batches)
+        except OtcxrError as error:
+            problem = error
+        agree(problem)
+        assert loaded is not None
+        self.lost += loaded.lost
+        batch: ViewBatch = self.fabric.to_device(loaded.batch)
+        return batch
+
+    def _seed(self, part: int) -> None:
+        """Set torch's random state (of this loop: see ``pretrain``) for one part of one step of one process."""
+        entropy = np.random.SeedSequence((self.config.seed, self.step, part, process()))
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+    def _forward(self, batch: ViewBatch, *, observe: bool) -> StepOutput:
+        try:
+            output: StepOutput = self.module(batch, observe=observe)
+        except ValueError as error:  # the transport refuses costs and masses that are not finite
+            if "nan" not in str(error).lower() and "finite" not in str(error):
+                raise
+            raise self._diverged("features are not finite") from error
+        return output
+
+    def _clip(self) -> float:
+        """Clip the gradients; their norm before."""
+        limit = math.inf if self.config.train.clip is None else self.config.train.clip
+        norm: Any = self.fabric.clip_gradients(self.module, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _log(self, output: StepOutput, batch: ViewBatch, loss: float, norm: float, rate: float, spent: float) -> None:
+        """One line of metrics; on a look also the health of what this process has seen, and the verdict."""
+        values = [float(term) for term in output.terms.values()]
+        terms = dict(zip(output.terms, mean_over_processes(values, self.fabric.device), strict=True))
+        if process() != 0:
+            return
+        line: dict[str, Any] = {
+            "step": self.step, "epoch": round(self.step / self.steps, 4), "loss": loss, **terms,
+            "gradient_norm": norm, "learning_rate": rate,
+            "images_per_s": round(self.config.train.batch_size / spent, 1), "elapsed_s": round(self.elapsed, 2),
+        }  # fmt: skip
+        if output.observed is not None:
+            line["health"] = observe(output.observed, batch, self.method.encoder.first_centre)
+            judged = verdict(line["health"])
+            line["verdict"] = judged._asdict()
+            self._heed(self.watch.see(self.step, judged), judged.text)
+        self.run.append_metrics(line)
+
+    def _heed(self, action: str, text: str) -> None:
+        """Do what ``train.on_collapse`` asks for."""
+        how = self.config.train.on_collapse
+        self.verdict = text
+        if how == "ignore":
+            return
+        if action in ("warn", "stop"):
+            self.mark = ", unhealthy"
+        if action == "warn":
+            self.progress.say(f"warning, step {self.step}: {text}")
+        if action == "recovered":
+            self.mark = ""
+            self.progress.say(f"step {self.step}: healthy again: {text}")
+        self.collapsed = action == "stop" and how == "stop"
+
+    def _report_lost(self) -> None:
+        """List the images that could not be read any more; too many end the run, of which everything is saved."""
+        every = [item for part in everyone(tuple(self.lost)) for item in part]
+        self.lost.clear()
+        known = {item.image for item in self.data.skipped}
+        fresh = list({item.image: item for item in every if item.image not in known}.values())
+        if not fresh:
+            return
+        self.data.skipped.extend(fresh)
+        if process() == 0:
+            write_skipped(self.run.path / "skipped.csv", self.data.skipped)
+            self.progress.say(
+                f"warning: {len(fresh)} images can no longer be read, others stand in for them (first: "
+                f"{fresh[0].image}: {fresh[0].reason}); listed in {self.run.path / 'skipped.csv'}"
+            )
+        named = len(self.data.collection.records) + len(self.data.collection.skipped)
+        try:
+            refuse_too_many(self.data.skipped, named, self.config.data.max_skipped, self.data.collection.name)
+        except OtcxrError as error:
+            raise self._told(error) from None
+
+    def _any(self, *flags: bool) -> list[bool]:
+        """Whether any process says so, for each flag."""
+        return [share > 0 for share in mean_over_processes([float(flag) for flag in flags], self.fabric.device)]
+
+    def _kept(self) -> str:
+        """What can be gone on from, as a sentence."""
+        if self.saved_step is None:
+            return "Nothing has been trained yet."
+        return (f"{self.run.path / 'last.ckpt'} holds step {self.saved_step} of {self.total}; go on with: "
+                f"otcxr pretrain --resume true --out {self.run.path}")  # fmt: skip
+
+    def _diverged(self, what: str) -> OtcxrError:
+        last = f"{self.run.path / 'last.ckpt'} holds the last good state, step {self.saved_step}."
+        return self._told(OtcxrError(
+            f"the training diverged at step {self.step + 1}: {what}. {last} "
+            "Lower train.learning_rate, raise train.warmup, or use train.precision 32-true"
+        ))  # fmt: skip
+
+    def _told(self, error: OtcxrError) -> OtcxrError:
+        """An error that all processes raise together: process 0 shows it."""
+        error.told_elsewhere = process() != 0
+        return error
