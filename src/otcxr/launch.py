@@ -111,17 +111,25 @@ def full_state(method: nn.Module, optimizer: Any, train: TrainConfig) -> tuple[d
     """Weights and optimizer state, whole; every process must call it, process 0 gets all of it."""
     if train.strategy == "ddp":
         return method.state_dict(), optimizer.state_dict()
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, state = get_state_dict(method, optimizer.optimizer, options=options)
-    return dict(weights), dict(state)
+    weights = dict(get_model_state_dict(method, options=options))
+    if not optimizer.optimizer.state:
+        return weights, {}  # asking an optimizer that has not stepped makes it step, and fill its momentum with decay
+    return weights, dict(get_optimizer_state_dict(method, optimizer.optimizer, options=options))
 
 
 def restore_optimizer(method: nn.Module, optimizer: Any, state: Mapping[str, Any], train: TrainConfig) -> None:
     """Load what ``full_state`` gave for the optimizer; every process brings all of it."""
     if train.strategy == "ddp":
         optimizer.load_state_dict(state)
+        return
+    if not state:  # of step 0
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 

@@ -135,6 +135,8 @@ class TrainConfig:
             given = getattr(self, name)
             if given not in known:
                 raise ConfigError(f"train.{name} must be {', '.join(known[:-1])} or {known[-1]}, received '{given}'")
+        if self.strategy == "fsdp" and self.precision == "64-true":
+            raise ConfigError("train.strategy fsdp cannot compute with train.precision 64-true; use ddp or 32-true")
         if self.weight_decay < 0 or self.probes < 0 or self.online_images < 0:
             raise ConfigError("train.weight_decay, train.probes and train.online_images must be >= 0, received "
                               f"{self.weight_decay}, {self.probes} and {self.online_images}")  # fmt: skip
