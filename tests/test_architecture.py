@@ -73,6 +73,7 @@ MAY_IMPORT = {
     "settings": "methods data config errors",
     "online": "evaluation nn data errors",
     "train": "methods nn ot data health probes runs settings optim config console errors",
+    "reproduce": "train settings runs distributed config console errors",
     # judging: sees encoders, records and files, never a method
     "evaluation": EVALUATION,
     "evaluation.classify": EVALUATION,
@@ -88,7 +89,7 @@ MAY_IMPORT = {
     "": "version",
     "__main__": "cli",
     "cli": "commands errors version",
-    "commands": "train methods evaluation explain report demo data runs config console errors",
+    "commands": "train reproduce distributed methods evaluation explain report demo data runs config console errors",
     "demo": "train evaluation explain report data runs config console errors",
 }
 NEVER_A_METHOD = ("evaluation", "explain", "attribution", "report", "nn", "ot", "data", "runs")

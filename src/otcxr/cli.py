@@ -16,6 +16,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "phantoms to report in minutes: the whole path on two CPU cores"),
     "pretrain": ("pretrain", "learn an encoder from radiographs without labels"),
+    "reproduce": ("reproduce", "do a run again from its folder and say whether the same came out"),
     "evaluate": ("evaluate", "judge a run's encoder on labelled radiographs, with intervals"),
     "explain": ("explain", "draw transport plans and heat maps of a run"),
     "report": ("report", "gather a run into one offline HTML page"),

@@ -15,13 +15,14 @@ from otcxr.errors import ConfigError, DataError, did_you_mean
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-__all__ = ["data_inspect", "demo", "evaluate", "explain", "pretrain", "report"]
+__all__ = ["data_inspect", "demo", "evaluate", "explain", "pretrain", "report", "reproduce"]
 
 
 def pretrain(words: Sequence[str]) -> int:
     """otcxr pretrain."""
     from otcxr.data.dataset import DataConfig
     from otcxr.data.views import ViewsConfig
+    from otcxr.distributed import process
     from otcxr.methods import METHODS
     from otcxr.train import EncoderConfig, PretrainConfig, TrainConfig, config_from_plain
     from otcxr.train import pretrain as run_pretraining
@@ -49,8 +50,48 @@ def pretrain(words: Sequence[str]) -> int:
     _to_log()
     progress = RichProgress()
     run = run_pretraining(config_from_plain(plain), progress)
+    if process() != 0:  # one of several talks
+        return 0
     progress.say(f"encoder: {run.path / 'encoder.safetensors'}\nnext: otcxr evaluate {run.path}")
     return 0
+
+
+def reproduce(words: Sequence[str]) -> int:
+    """otcxr reproduce RUN; exit code 1 where something else came out."""
+    from otcxr.distributed import process
+    from otcxr.reproduce import reproduce as do_again
+    from otcxr.runs import Run
+
+    parser = make_parser("reproduce", "Do a run again with its settings, images and threads; compare bit for bit.")
+    parser.add_argument("run", type=str, help="folder of the run")
+    parser.add_argument("--out", type=str, default="", help="folder of the new run (default: RUN-reproduced)")
+    parser.add_argument("--data.source", type=str, default="", help="where the images are now, if they moved")
+    parser.add_argument("--steps", type=int, default=0, help="do only so many steps; 0 does all")
+    plain = _parsed(parser, words)
+    _to_log()
+    progress = RichProgress()
+    run = Run.open(plain["run"])
+    out = plain["out"] or f"{run.path}-reproduced"
+    result = do_again(run, out, source=plain["data"]["source"], steps=plain["steps"], progress=progress)
+    if process() != 0:  # one of several talks
+        return 0
+    for name, (old, new) in result["environment"].items():
+        progress.say(f"differs: {name} was {old}, is {new}")
+    for part in result["continued"]:
+        changed = ", ".join(part["changed"]) or "nothing"
+        progress.say(f"the run was interrupted at step {part['step']}; changed when it went on: {changed}")
+    weights = "the weights are identical" if result["weights"] == "identical" else f"weights {result['weights']}"
+    if result["identical"]:
+        progress.say(
+            f"reproduced bit for bit: {result['lines']} lines of metrics up to step {result['step']}, {weights}"
+        )
+        return 0
+    first = result["first_difference"] or {"step": result["step"], "name": "weights"}
+    progress.say(
+        f"NOT reproduced bit for bit: first difference at step {first['step']} in {first['name']}, loss differs by up "
+        f"to {result['largest_loss_difference']:.1e} (relative), {weights}; written: {out}/reproduction.json"
+    )
+    return 1
 
 
 def evaluate(words: Sequence[str]) -> int:
@@ -197,6 +238,8 @@ def _parsed(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
 
 def _to_log() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells how processes find each other
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 
 
 def _interval(estimate: dict[str, Any], sign: str = "") -> str:

@@ -27,8 +27,8 @@ from otcxr.errors import OtcxrError
 __all__ = [
     "SyncBatchNorm",
     "agree",
-    "alone",
     "all_sum",
+    "alone",
     "convert_batch_norm",
     "everyone",
     "from_first",

@@ -111,7 +111,7 @@ class Training:
         self.warmup = round(train.warmup * self.total)
         self.step, self.elapsed, self.epoch_loss = 0, 0.0, 0.0
         self.lost: list[Skipped] = []
-        self.best: float | None = None
+        self.best: dict[str, Any] | None = None  # by which measure, and its value
         self.watch = Watch(train.collapse_patience, self.warmup)
         self.collapsed, self.mark, self.verdict = False, "", ""
         self.module, self.optimizer = set_up(fabric, method, train, self._make_optimizer)
@@ -168,19 +168,18 @@ class Training:
 
     def _judge(self, method: SSLMethod) -> dict[str, Any] | None:
         """Judge the encoder at the end of an epoch; by which measure it is the best so far, None if it is not."""
-        epoch, better = round(self.step / self.steps, 4), False
-        name, value = "mean loss of the epoch", self.epoch_loss / self.steps
+        name, value, sign = "mean loss of the epoch", self.epoch_loss / self.steps, -1
         if self.online is not None:
             result = self.online.judge(method.encoder)
-            self.run.append_metrics({"step": self.step, "epoch": epoch, "online": result})
-            name, value = f"online kNN, macro AUROC, {result['judged_on']}", self.online.score(result)
-            better = not math.isnan(value) and (self.best is None or value > self.best)
-        else:
-            better = self.best is None or value < self.best
-        if not better:
+            self.run.append_metrics({"step": self.step, "epoch": round(self.step / self.steps, 4), "online": result})
+            name, value, sign = f"online kNN, macro AUROC, {result['judged_on']}", self.online.score(result), 1
+        if math.isnan(value):
             return None
-        self.best = value
-        return {"measure": name, "value": value}
+        # another measure than before (train.online_images was changed) begins anew
+        if self.best is not None and self.best["measure"] == name and sign * value <= sign * self.best["value"]:
+            return None
+        self.best = {"measure": name, "value": value}
+        return self.best
 
     def _whole(self, weights: Mapping[str, Any]) -> SSLMethod:
         """The method with all of its weights in this process."""
@@ -288,7 +287,8 @@ class Training:
             loaded = next(batches)
         except OtcxrError as error:
             problem = error
-        agree(problem)
+        if self._any(problem is not None)[0]:
+            agree(problem)
         assert loaded is not None
         self.lost += loaded.lost
         batch: ViewBatch = self.fabric.to_device(loaded.batch)
