@@ -70,9 +70,12 @@ MAY_IMPORT = {
     "methods.simclr": METHODS,
     "health": "methods.base data.geometry ot",
     "probes": "methods.base data runs errors",
-    "settings": "methods data config errors",
+    "settings": "methods data optim config errors",
+    "faults": "errors",
+    "launch": "distributed settings errors",
+    "loop": "methods nn data distributed faults health launch online optim probes runs settings console errors",
     "online": "evaluation nn data errors",
-    "train": "methods nn ot data health probes runs settings optim config console errors",
+    "train": "loop nn ot data distributed faults launch online probes runs settings config console errors",
     "reproduce": "train settings runs distributed config console errors",
     # judging: sees encoders, records and files, never a method
     "evaluation": EVALUATION,
@@ -252,7 +255,7 @@ def test_no_global_random_state(module):
             if (owner in sources and node.attr not in generators) or "manual_seed" in node.attr:
                 used.add(f"{owner}.{node.attr}")
     seeds = {"torch.manual_seed", "torch.default_generator.manual_seed"}
-    if module == "loop":  # run by ``train`` inside ``fork_rng``: see test_training_leaves_the_global_random_state_alone
+    if module == "loop":  # run by ``train`` inside ``fork_rng``: see tests/test_resume.py
         assert used <= seeds
         return
     assert used <= (seeds if module == "nn.encoder" and "fork_rng" in MODULES[module].read_text() else set())

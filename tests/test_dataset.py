@@ -16,13 +16,14 @@ from otcxr.data.dataset import (
     PixelCache,
     ViewDataset,
     check_records,
+    join_views,
     read_pixels,
     write_skipped,
 )
 from otcxr.data.images import fit_square, load_image
 from otcxr.data.records import Collection, Radiograph, Record, Skipped
 from otcxr.data.sources import open_collection
-from otcxr.data.views import ViewsConfig, collate_views
+from otcxr.data.views import ViewsConfig
 from otcxr.errors import ConfigError, DataError
 
 
@@ -127,13 +128,13 @@ def test_check_records_counts_and_lists(folder):
     paths = sorted(folder.glob("*.png"))
     collection = Collection("folder:x", (), records_of(paths), (Skipped("gone.png", "missing"),))
     calls = []
-    usable, skipped = check_records(collection, PixelCache(1.0), 0.34, calls.append)
+    usable, skipped, contents = check_records(collection, PixelCache(1.0), 0.34, calls.append)
     assert usable == [0, 1, 2, 3, 4, 5]
     assert [s.image for s in skipped] == ["gone.png", "6.png", "7.png"]  # the reader's part first
     assert "cut short" in skipped[1].reason
     assert "neither PNG" in skipped[2].reason
     assert calls == list(range(1, 9))
-    assert check_records(collection, PixelCache(0.0), 0.34)[0] == usable
+    assert check_records(collection, PixelCache(0.0), 0.34) == (usable, skipped, contents)
 
 
 def test_an_image_that_is_mostly_padding_is_listed(tmp_path, save_png):
@@ -143,7 +144,7 @@ def test_an_image_that_is_mostly_padding_is_listed(tmp_path, save_png):
     save_png("stamp.png", picture)
     save_png("whole.png", np.tile(np.arange(100, dtype=np.uint8) + 50, (100, 1)))
     collection = Collection("x", (), records_of([tmp_path / "stamp.png", tmp_path / "whole.png"]))
-    usable, skipped = check_records(collection, PixelCache(1.0), 0.5)
+    usable, skipped, _ = check_records(collection, PixelCache(1.0), 0.5)
     assert usable == [1]
     assert "only 1.4% of its area is a picture" in skipped[0].reason
 
@@ -263,14 +264,15 @@ def test_workers_change_no_byte(folder):
     records = records_of(sorted(folder.glob("[0-5].png")))
     loaded = []
     for workers, limit in ((0, 1.0), (0, 0.0), (2, 1.0)):
-        dataset = ViewDataset(records, ViewsConfig(size=16, clean=True), 5, PixelCache(limit))
+        dataset = ViewDataset(records, range(6), ViewsConfig(size=16, clean=True), 5, PixelCache(limit))
         batches = EpochBatches(range(6), 2, seed=5)
         batches.epoch = 4
-        loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate_views, num_workers=workers)
+        loader = DataLoader(dataset, batch_sampler=batches, collate_fn=join_views, num_workers=workers)
         loaded.append(list(loader))
         assert len(loaded[-1]) == 3
     for other in loaded[1:]:
-        for a, b in zip(loaded[0], other, strict=True):
+        for (a, lost_a), (b, lost_b) in zip(loaded[0], other, strict=True):
+            assert lost_a == lost_b == ()
             assert torch.equal(a.geometry, b.geometry)
             for x, y in zip((*a.views, *a.valid, *a.clean), (*b.views, *b.valid, *b.clean), strict=True):
                 assert x.numpy().tobytes() == y.numpy().tobytes()
@@ -278,24 +280,164 @@ def test_workers_change_no_byte(folder):
 
 def test_items_depend_on_epoch_and_index(folder):
     records = records_of(sorted(folder.glob("[0-5].png")))
-    dataset = ViewDataset([records[0], records[0]], ViewsConfig(size=16), 5, PixelCache(1.0))
-    views = [dataset[item].views[0] for item in ((0, 0), (1, 0), (0, 1))]
+    dataset = ViewDataset([records[0], records[0]], [0, 1], ViewsConfig(size=16), 5, PixelCache(1.0))
+    views = [dataset[item].batch.views[0] for item in ((0, 0), (1, 0), (0, 1))]
     assert not torch.equal(views[0], views[1])
     assert not torch.equal(views[0], views[2])  # the same image as another record: other views
-    assert torch.equal(dataset[(0, 0)].views[0], views[0])
-    other = ViewDataset(records, ViewsConfig(size=16), 6, PixelCache(1.0))
-    assert not torch.equal(other[(0, 0)].views[0], views[0])
+    assert torch.equal(dataset[(0, 0)].batch.views[0], views[0])
+    other = ViewDataset(records, range(6), ViewsConfig(size=16), 6, PixelCache(1.0))
+    assert not torch.equal(other[(0, 0)].batch.views[0], views[0])
 
 
-def test_whole_images_for_evaluation(folder):
-    paths = sorted(folder.glob("[0-5].png"))
-    dataset = ImageDataset(records_of(paths), 20, PixelCache(1.0))
-    assert len(dataset) == 6
-    for index, path in enumerate(paths):
-        assert dataset[index].shape == (1, 20, 20)
-        assert dataset[index].dtype == torch.float32
-        assert torch.equal(dataset[index], fit_square(load_image(path), 20))
-    assert torch.stack([dataset[i] for i in range(6)]).shape == (6, 1, 20, 20)
-    phantoms = open_collection("phantom:2,size=32").records
-    assert ImageDataset(phantoms, 32, PixelCache(0.0))[1].shape == (1, 32, 32)
-    assert isinstance(paths[0], Path)
+# --------------------------------------------------------------------------------------------------------- stand-ins
+
+
+class Fading:
+    """An image that can be read so many times."""
+
+    def __init__(self, value, times):
+        self.value, self.times = value, times
+
+    def radiograph(self):
+        self.times -= 1
+        if self.times < 0:
+            raise DataError("the disk is gone")
+        image = torch.full((1, 20, 20), self.value)
+        image[0, 0, 0] = 0.0
+        return Radiograph(image, torch.ones_like(image, dtype=torch.bool), None)
+
+
+def fading(times):
+    """A data set of images with one grey value each; image i can be read ``times[i]`` times."""
+    records = [Record(Fading((i + 1) / 16, n), f"{i}.png", str(i)) for i, n in enumerate(times)]
+    usable = [i for i, n in enumerate(times) if n >= 0]
+    return ViewDataset(records, usable, ViewsConfig(size=16), 3, PixelCache(0.0))
+
+
+def same_views(a, b):
+    return torch.equal(a.geometry, b.geometry) and all(map(torch.equal, a.views, b.views))
+
+
+def test_another_image_stands_in_for_one_that_is_lost():
+    """The same one whenever it is asked for, drawn from (seed, epoch, index); the views stay those of the index."""
+    whole, broken = fading([999] * 8), fading([999, 999, 0, 999, 999, 999, 999, 999])
+    levels = set()
+    for epoch in range(12):
+        got = broken[(epoch, 2)]
+        assert {item.image for item in got.lost} == {"2.png"}
+        assert got.lost[0].reason == f"unreadable in epoch {epoch + 1}: the disk is gone"
+        assert same_views(broken[(epoch, 2)].batch, got.batch)
+        assert torch.equal(got.batch.geometry, whole[(epoch, 2)].batch.geometry)
+        assert not same_views(got.batch, whole[(epoch, 2)].batch)
+        levels.add(float(got.batch.views[0].median()))
+    assert len(levels) > 2  # not always the same one
+    for index in (0, 1, 3):  # nobody else is touched
+        assert same_views(broken[(0, index)].batch, whole[(0, index)].batch)
+        assert broken[(0, index)].lost == ()
+
+
+def test_what_was_left_out_at_the_start_never_stands_in():
+    times = [0] + [-1] * 8 + [999]  # 1 to 8 were unreadable when the run began: only 9 (and 0 itself) may stand in
+    dataset = fading(times)
+    for epoch in range(5):
+        lost = {item.image for item in dataset[(epoch, 0)].lost}
+        assert lost == {"0.png"}
+
+
+def test_all_images_gone_is_an_error_not_a_loop():
+    dataset = fading([0] * 6)
+    with pytest.raises(DataError, match=r"10 images in a row cannot be read .*the disk is gone\); is the folder still"):
+        dataset[(0, 0)]
+
+
+def test_a_joined_batch_lists_what_all_of_its_samples_lost():
+    dataset = fading([99, 0, 99, 0, 99, 99, 99, 99])
+    joined = join_views([dataset[(0, i)] for i in range(4)])
+    assert joined.batch.views[0].shape[0] == 4
+    assert {item.image for item in joined.lost} == {"1.png", "3.png"}
+
+
+# ----------------------------------------------------------------------------------------------------------- pieces
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("first", [0, 1])
+def test_pieces_put_together_are_the_batches_of_one_process(processes, accumulate, first):
+    """Whatever it runs on, step k sees the same images, in the same order, wherever it begins."""
+    indices, size = range(100, 157), 24
+
+    def batches(process=0, processes=1, accumulate=1):
+        sampler = EpochBatches(indices, size, 11, process=process, processes=processes, accumulate=accumulate)
+        sampler.epoch, sampler.first = 5, first
+        assert len(sampler) == 2
+        return list(sampler)
+
+    whole = batches()
+    assert len(whole) == 2 - first
+    pieces = [batches(process, processes, accumulate) for process in range(processes)]
+    for own in pieces:
+        assert len(own) == accumulate * len(whole)
+        assert {len(piece) for piece in own} == {size // (processes * accumulate)}
+    for number, expected in enumerate(whole):
+        steps = [own[number * accumulate : (number + 1) * accumulate] for own in pieces]
+        together = [item for part in range(accumulate) for own in steps for item in own[part]]
+        assert together == expected
+
+
+# --------------------------------------------------------------------------------------------------------- contents
+
+
+def contents_of(images, **how):
+    records = [Record(image, str(i), str(i)) for i, image in enumerate(images)]
+    return check_records(Collection("x", (), records), PixelCache(1.0), 0.9, **how).contents
+
+
+class Grey:
+    def __init__(self, pixels):
+        self.pixels = torch.as_tensor(pixels, dtype=torch.float32)[None]
+
+    def radiograph(self):
+        return Radiograph(self.pixels.clone(), torch.ones_like(self.pixels, dtype=torch.bool), None)
+
+
+def test_contents_change_with_a_pixel_and_nothing_else():
+    pictures = np.random.default_rng(4).random((6, 12, 10))
+    before = contents_of([Grey(picture) for picture in pictures])
+    assert len(before) == 16
+    assert contents_of([Grey(picture) for picture in pictures]) == before
+    changed = pictures.copy()
+    changed[3, 5, 5] += 2 / 65535
+    assert contents_of([Grey(picture) for picture in changed]) != before
+    swapped = pictures[[1, 0, 2, 3, 4, 5]]
+    assert contents_of([Grey(picture) for picture in swapped]) != before
+    assert contents_of([Grey(picture) for picture in pictures[:5]]) != before
+    turned = [Grey(picture.reshape(10, 12)) for picture in pictures]
+    assert contents_of(turned) != before
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_contents_do_not_depend_on_who_reads(processes):
+    """Each process reads its share; ``everyone`` gathers, and all know the same as one that reads everything."""
+    images = [Grey(picture) for picture in np.random.default_rng(4).random((7, 6, 6))]
+    images[4] = Fading(0.5, 0)  # broken: found by one process, known to all
+    collection = Collection("x", (), [Record(image, f"{i}.png", str(i)) for i, image in enumerate(images)])
+    alone = check_records(collection, PixelCache(1.0), 0.9)
+    assert alone.usable == [0, 1, 2, 3, 5, 6]
+    shares = []
+
+    def check(process, everyone):
+        return check_records(
+            collection, PixelCache(1.0), 0.9, process=process, processes=processes, everyone=everyone
+        )  # fmt: skip
+
+    def note(share):
+        shares.append(share)
+        raise LookupError
+
+    for process in range(processes):
+        with pytest.raises(LookupError):
+            check(process, note)
+    assert sorted(index for share in shares for index in share) == list(range(7))  # nobody reads what another reads
+    for gathered in (shares, shares[::-1]):
+        assert check(1, lambda share, gathered=gathered: gathered) == alone

@@ -48,9 +48,11 @@ def test_the_example_of_the_transport_page_runs():
 
 
 def test_the_commands_and_their_settings_exist(capsys):
-    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    lines = [line for line in lines if line.startswith("otcxr ")]
-    assert len(lines) >= 5
+    training = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
+    text = "\n".join([*blocks("bash"), *training]).replace("\\\n", " ")  # lines that go on
+    lines = [line.split(" #")[0].strip() for line in text.splitlines()]
+    lines = [line[line.index("otcxr ") :] for line in lines if re.match(r"(srun |torchrun .*-m )?otcxr ", line)]
+    assert len(lines) >= 12
     for line in lines:
         words = line.split()[1:]
         name = " ".join(words[:2]) if words[0] == "data" else words[0]

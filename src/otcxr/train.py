@@ -123,6 +123,8 @@ def _prepare(
         progress.say(f"warning: a view has {cells**2} tokens, fewer than {_FEW_TOKENS}: dense alignment has little to "
                      "align; use larger views.size or encoder.stride 16")  # fmt: skip
     if checkpoint is not None:
+        if config.train.precision == "64-true":
+            method.double()  # before: float32 would round what is loaded
         load_state(method, checkpoint["method"], str(run.path / "last.ckpt"))
     images = digest([(training.records[index].name, training.records[index].study) for index in usable])
     if len(set(everyone((images, contents)))) > 1:
