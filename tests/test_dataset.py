@@ -295,8 +295,11 @@ def test_items_depend_on_epoch_and_index(folder):
 class Fading:
     """An image that can be read so many times."""
 
-    def __init__(self, value, times):
-        self.value, self.times = value, times
+    def __init__(self, value, times, name=""):
+        self.value, self.times, self.name = value, times, name
+
+    def __str__(self):
+        return self.name
 
     def radiograph(self):
         self.times -= 1
@@ -309,7 +312,7 @@ class Fading:
 
 def fading(times):
     """A data set of images with one grey value each; image i can be read ``times[i]`` times."""
-    records = [Record(Fading((i + 1) / 16, n), f"{i}.png", str(i)) for i, n in enumerate(times)]
+    records = [Record(Fading((i + 1) / 16, n, f"{i}.png"), str(i), str(i)) for i, n in enumerate(times)]
     usable = [i for i, n in enumerate(times) if n >= 0]
     return ViewDataset(records, usable, ViewsConfig(size=16), 3, PixelCache(0.0))
 
@@ -441,3 +444,17 @@ def test_contents_do_not_depend_on_who_reads(processes):
     assert sorted(index for share in shares for index in share) == list(range(7))  # nobody reads what another reads
     for gathered in (shares, shares[::-1]):
         assert check(1, lambda share, gathered=gathered: gathered) == alone
+
+
+def test_whole_images_for_evaluation(folder):
+    paths = sorted(folder.glob("[0-5].png"))
+    dataset = ImageDataset(records_of(paths), 20, PixelCache(1.0))
+    assert len(dataset) == 6
+    for index, path in enumerate(paths):
+        assert dataset[index].shape == (1, 20, 20)
+        assert dataset[index].dtype == torch.float32
+        assert torch.equal(dataset[index], fit_square(load_image(path), 20))
+    assert torch.stack([dataset[i] for i in range(6)]).shape == (6, 1, 20, 20)
+    phantoms = open_collection("phantom:2,size=32").records
+    assert ImageDataset(phantoms, 32, PixelCache(0.0))[1].shape == (1, 32, 32)
+    assert isinstance(paths[0], Path)
