@@ -51,7 +51,7 @@ from otcxr.distributed import (
     process,
     processes,
 )
-from otcxr.errors import ConfigError
+from otcxr.errors import ConfigError, DataError
 from otcxr.losses import covariance, nt_xent, variance, variance_at_positions, variance_within
 from otcxr.methods import METHODS, Method, Observed, SSLMethod, StepOutput
 from otcxr.methods.otcxr import OTCXRSettings
@@ -496,6 +496,25 @@ def _continued(part: Part) -> Results:
         pretrain(tiny(run, "simclr", epochs=3, devices=count), stop_after=6)
     pretrain(replace(tiny(run, "simclr", epochs=3, devices=count), resume=True))
     return outcome(run) if part.process != 1 else {}
+
+
+@case("source-of-one")
+def _source_of_one(part: Part) -> Results:
+    """A source that only process 1 cannot read ends both, and process 0 says why."""
+    if part.process is None:
+        return {}
+    config = tiny(part.folder / "runs" / "source-of-one", "simclr", devices=WORLD)
+    if part.process == 1:
+        config = replace(config, data=replace(config.data, source="folder:/nowhere/at/all"))
+    caught = None
+    try:
+        pretrain(config)
+    except DataError as error:
+        caught = error
+    assert caught is not None
+    assert "/nowhere/at/all" in str(caught)
+    assert caught.told_elsewhere == (part.process != 0)
+    return {}
 
 
 @case("continued-by-one", tolerance=1e-7)

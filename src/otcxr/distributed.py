@@ -37,6 +37,7 @@ __all__ = [
     "mean_over_processes",
     "process",
     "processes",
+    "together",
 ]
 
 T = TypeVar("T")
@@ -263,3 +264,17 @@ def agree(problem: OtcxrError | None) -> None:
     if first is not None:
         first.told_elsewhere = process() != 0
         raise first
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Raise in every process what any of them raises within it (``agree``).
+
+    Where the processes wait for each other within it, none may raise before that and another one not.
+    """
+    problem = None
+    try:
+        yield
+    except OtcxrError as error:
+        problem = error
+    agree(problem)

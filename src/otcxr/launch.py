@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -44,10 +45,12 @@ def make_fabric(train: TrainConfig) -> Fabric:
     pieces = count * train.accumulate
     if train.batch_size % pieces or train.batch_size // pieces < 2:
         near = max(2 * pieces, round(train.batch_size / pieces) * pieces)
-        raise ConfigError(
+        error = ConfigError(
             f"train.batch_size = {train.batch_size} cannot be cut into {pieces} equal parts of at least 2 images "
             f"({count} processes, train.accumulate = {train.accumulate}); use {near}"
         )
+        error.told_elsewhere = _number() != 0
+        raise error
     precision: Any = train.precision
     strategy: Any = "auto"
     if train.strategy == "fsdp":
@@ -60,7 +63,15 @@ def make_fabric(train: TrainConfig) -> Fabric:
         strategy = DDPStrategy(**quiet)
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)
     fabric.launch()
+    atexit.unregister(_leave)  # of an earlier training
+    atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """Leave the group of processes before the interpreter ends: gloo's threads would abort it, exit code and all."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _layout(train: TrainConfig) -> tuple[int, int]:
@@ -72,6 +83,13 @@ def _layout(train: TrainConfig) -> tuple[int, int]:
         nodes = int(os.environ.get("SLURM_NNODES") or os.environ.get("SLURM_JOB_NUM_NODES") or 1)
         return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
     return train.devices, train.nodes
+
+
+def _number() -> int:
+    """Number of this process, where torchrun or SLURM has started it, before the processes know each other."""
+    if torch.distributed.is_torchelastic_launched():
+        return int(os.environ["RANK"])
+    return int(os.environ["SLURM_PROCID"]) if SLURMEnvironment.detect() else 0
 
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:

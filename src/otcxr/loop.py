@@ -111,6 +111,8 @@ class Training:
         self.warmup = round(train.warmup * self.total)
         self.step, self.elapsed, self.epoch_loss = 0, 0.0, 0.0
         self.lost: list[Skipped] = []
+        self.batches: Iterator[LoadedViews] | None = None
+        self.left_out = sorted(set(range(len(records))) - set(data.usable))
         self.best: dict[str, Any] | None = None  # by which measure, and its value
         self.watch = Watch(train.collapse_patience, self.warmup)
         self.collapsed, self.mark, self.verdict = False, "", ""
@@ -128,11 +130,10 @@ class Training:
 
     # --- what decides the next step ---
     def _state(self, weights: Mapping[str, Any], optimizer: Mapping[str, Any], *, new_epoch: bool) -> dict[str, Any]:
-        left_out = set(range(len(self.data.collection.records))) - set(self.data.usable)
         return {
             "format": FORMAT, "method": dict(weights), "optimizer": dict(optimizer), "step": self.step,
             "epoch_loss": 0.0 if new_epoch else self.epoch_loss, "elapsed_s": self.elapsed, "best": self.best,
-            "watch": self.watch.state(), "data_digest": self.facts["data_digest"], "left_out": sorted(left_out),
+            "watch": self.watch.state(), "data_digest": self.facts["data_digest"], "left_out": self.left_out,
         }  # fmt: skip
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -146,13 +147,17 @@ class Training:
     def _save(self, *, end_of_epoch: bool = False) -> None:
         """Write everything a continuation needs, and what others read: the encoder, the method, the pairs."""
         weights, optimizer = full_state(self.method, self.optimizer, self.config.train)
+        problem = None
         if process() == 0:
-            with alone():
-                self._write(weights, optimizer, end_of_epoch)
+            try:
+                with alone():
+                    self._write(weights, optimizer, end_of_epoch)
+            except OSError as error:
+                problem = self._fault(error)
+        agree(problem)  # nobody leaves before it is written, or waits for one that could not write
         if end_of_epoch:
             self.epoch_loss = 0.0
         self.saved_step = self.step
-        everyone(None)  # nobody leaves before it is written
 
     def _write(self, weights: Mapping[str, Any], optimizer: Mapping[str, Any], end_of_epoch: bool) -> None:
         method = self._whole(weights)
@@ -205,23 +210,28 @@ class Training:
                     self._save()  # a folder that cannot be written to is found now, not after the first epoch
                 self._loop(stop_after, stop.is_set, bar)
         except (RuntimeError, MemoryError, OSError) as error:
-            fault = explain_fault(
-                error, batch_size=self.config.train.batch_size, accumulate=self.config.train.accumulate,
-                size=self.config.views.size, workers=self.config.data.workers, kept=self._kept(),
-            )  # fmt: skip
+            fault = self._fault(error)
             if fault is None:
                 raise
             raise fault from error
+        finally:
+            self._end_loaders()
         if process() == 0:
             seen = [line["verdict"]["text"] for line in self.run.read_metrics() if "verdict" in line]
-            self.progress.say(seen[-1])
+            self.progress.say(seen[-1] if seen else f"{self.run.path} is at step {self.step} of {self.total}")
+
+    def _end_loaders(self) -> None:
+        """End the loader processes now: a traceback keeps them alive, with all signals ignored, past the end."""
+        end = getattr(self.batches, "_shutdown_workers", None)  # torch has no public name for it
+        if end is not None:
+            end()
 
     def _loop(self, stop_after: int | None, asked: Any, bar: Bar) -> None:
         train = self.config.train
         self.tick = saved_at = time.monotonic()
         while self.step < self.total:
             self.sampler.epoch, self.sampler.first = divmod(self.step, self.steps)
-            batches = iter(self.loader)
+            batches = self.batches = iter(self.loader)
             for _ in range(self.sampler.first, self.steps):
                 loss = self._one_step(batches)
                 bar(self.step * train.batch_size, f"loss {loss:.3f}{self.mark}")
@@ -371,6 +381,12 @@ class Training:
     def _any(self, *flags: bool) -> list[bool]:
         """Whether any process says so, for each flag."""
         return [share > 0 for share in mean_over_processes([float(flag) for flag in flags], self.fabric.device)]
+
+    def _fault(self, error: Exception) -> OtcxrError | None:
+        return explain_fault(
+            error, batch_size=self.config.train.batch_size, accumulate=self.config.train.accumulate,
+            size=self.config.views.size, workers=self.config.data.workers, kept=self._kept(),
+        )  # fmt: skip
 
     def _kept(self) -> str:
         """What can be gone on from, as a sentence."""

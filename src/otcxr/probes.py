@@ -53,7 +53,10 @@ def write_pairs(
     training, dtype = method.training, next(method.parameters()).dtype
     method.eval()
     for number, record in enumerate(probes.records):
-        radiograph = read_pixels(record.image)
+        try:
+            radiograph = read_pixels(record.image)
+        except DataError:  # it has become unreadable since it was chosen: its last pair stays
+            continue
         batch = make_views(radiograph, views, view_generator(seed, _EPOCH, number))
         on_device = batch._replace(
             views=tuple(v.to(device, dtype) for v in batch.views),

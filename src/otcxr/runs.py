@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import yaml
@@ -34,6 +34,19 @@ if TYPE_CHECKING:
     from otcxr.nn.encoder import Encoder
 
 __all__ = ["Run", "describe_environment", "write_atomic"]
+
+_HELD: set[TextIO] = set()  # lock files of this process
+
+
+def _let_go() -> None:
+    """Close the locks in a forked process, such as a loader: a lock ends with the process that took it."""
+    for file in _HELD:
+        file.close()
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 _PACKAGES = ("torch", "numpy", "opencv-python-headless", "scikit-learn", "lightning-fabric", "captum", "pydicom")
 
@@ -118,9 +131,11 @@ class Run:
             for left in self.path.rglob("*.tmp"):  # what a killed process was writing
                 if not _alive(left.name.split(".")[-2]):
                     left.unlink(missing_ok=True)
+            _HELD.add(file)
             try:
                 yield
             finally:
+                _HELD.discard(file)
                 if not (self.path / "config.yaml").exists():  # it never became a run: leave no trace
                     (self.path / ".lock").unlink(missing_ok=True)
                     with suppress(OSError):  # it held other files before
@@ -196,24 +211,27 @@ class Run:
         """Return the newest whole checkpoint, None where there is none yet.
 
         Args:
-            tell: Told when a damaged one was passed over.
+            tell: Told when a damaged one was passed over; it is then put aside as ``NAME.damaged``, so that it does
+                not take the place of a whole one.
         Raises: CheckpointError: there are checkpoints but all are damaged.
         """
         older = sorted(self.path.glob("last-*.ckpt"), key=lambda path: int(path.stem.removeprefix("last-")))
-        damaged = []
+        damaged: dict[Path, str] = {}
         for path in (self.path / "last.ckpt", *older):
             if not path.is_file():
                 continue
             try:
                 state = _load_whole(path)
             except Exception as error:  # torch raises several types for a damaged file
-                damaged.append(f"{path} is damaged ({_first_line(error)})")
+                damaged[path] = f"{path} is damaged ({_first_line(error)})"
                 continue
             if damaged and tell is not None:
-                tell(f"warning: {'; '.join(damaged)}; going on from {path.name}, step {state['step']}")
+                tell(f"warning: {'; '.join(damaged.values())}; going on from {path.name}, step {state['step']}")
+                for broken in damaged:
+                    broken.replace(broken.with_name(f"{broken.name}.damaged"))
             return state
         if damaged:
-            raise CheckpointError(f"{'; '.join(damaged)}; remove it to start again")
+            raise CheckpointError(f"{'; '.join(damaged.values())}; remove it to start again")
         return None
 
     def write_weights(self, method: nn.Module, encoder: Encoder, facts: Mapping[str, Any]) -> None:

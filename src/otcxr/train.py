@@ -23,7 +23,7 @@ from otcxr.data.dataset import (
     write_skipped,
 )
 from otcxr.data.sources import open_collection
-from otcxr.distributed import agree, everyone, from_first, process, processes
+from otcxr.distributed import agree, everyone, from_first, process, processes, together
 from otcxr.errors import CheckpointError, ConfigError, OtcxrError
 from otcxr.faults import Collapsed, Interrupted
 from otcxr.launch import make_fabric
@@ -100,11 +100,12 @@ def _prepare(
     """Everything before the first step: images, networks, what watches the run; all processes together."""
     if config.resume and checkpoint is None:
         progress.say(f"nothing to resume in {run.path}: starting from the beginning")
-    collection = open_collection(config.data.source)
-    has_split = any(record.split for record in collection.records)
-    training = collection.split(config.data.split) if has_split else collection
+    with together():
+        collection = open_collection(config.data.source)
+        has_split = any(record.split for record in collection.records)
+        training = collection.split(config.data.split) if has_split else collection
     cache = PixelCache(config.data.cache_gb)
-    with progress.bar("reading images", len(training.records), "images") as bar:
+    with together(), progress.bar("reading images", len(training.records), "images") as bar:
         usable, skipped, contents = check_records(
             training, cache, config.data.max_skipped, bar,
             process=process(), processes=processes(), everyone=everyone,
@@ -112,29 +113,32 @@ def _prepare(
     if checkpoint is not None:  # what has become unreadable since is stood in for, what has been mended stays out
         left_out = set(checkpoint["left_out"])
         usable = [index for index in range(len(training.records)) if index not in left_out]
-    if len(usable) < config.train.batch_size:
-        raise ConfigError(
-            f"{config.data.source} has {len(usable)} usable images in this split, fewer than train.batch_size = "
-            f"{config.train.batch_size}; set train.batch_size to at most {len(usable)}"
-        )
-    method = build_method(config)
+    with together():
+        if len(usable) < config.train.batch_size:
+            raise ConfigError(
+                f"{config.data.source} has {len(usable)} usable images in this split, fewer than train.batch_size = "
+                f"{config.train.batch_size}; set train.batch_size to at most {len(usable)}"
+            )
+        method = build_method(config)
     cells = math.ceil(config.views.size / method.encoder.strides[-1])
     if cells**2 < _FEW_TOKENS:
         progress.say(f"warning: a view has {cells**2} tokens, fewer than {_FEW_TOKENS}: dense alignment has little to "
                      "align; use larger views.size or encoder.stride 16")  # fmt: skip
-    if checkpoint is not None:
-        if config.train.precision == "64-true":
-            method.double()  # before: float32 would round what is loaded
-        load_state(method, checkpoint["method"], str(run.path / "last.ckpt"))
+    with together():
+        if checkpoint is not None:
+            if config.train.precision == "64-true":
+                method.double()  # before: float32 would round what is loaded
+            load_state(method, checkpoint["method"], str(run.path / "last.ckpt"))
     images = digest([(training.records[index].name, training.records[index].study) for index in usable])
-    if len(set(everyone((images, contents)))) > 1:
-        raise ConfigError(f"the processes do not see the same images under {config.data.source}; give every machine "
-                          "the same folder")  # fmt: skip
-    if checkpoint is not None and checkpoint["data_digest"] != images:
-        raise ConfigError(
-            f"{config.data.source} no longer holds the images that {run.path} was trained on, so it cannot go on as if "
-            "nothing had happened; bring them back, or start anew with another --out"
-        )
+    with together():
+        if len(set(everyone((images, contents)))) > 1:
+            raise ConfigError(f"the processes do not see the same images under {config.data.source}; give every "
+                              "machine the same folder")  # fmt: skip
+        if checkpoint is not None and checkpoint["data_digest"] != images:
+            raise ConfigError(
+                f"{config.data.source} no longer holds the images that {run.path} was trained on, so it cannot go on "
+                "as if nothing had happened; bring them back, or start anew with another --out"
+            )
     plain = config_to_plain(config)
     facts = {"config_digest": identity(plain), "data_digest": images, "contents_digest": contents,
              "images": len(usable), "input_size": config.views.size, "source": config.data.source}  # fmt: skip
@@ -148,10 +152,11 @@ def _prepare(
     data = Data(training, usable, skipped, cache)
     probes = choose_probes(collection, training, config.train.probes, config.seed)
     online = None
-    if process() == 0:
-        online = OnlineProbe.choose(
-            collection, training, images=config.train.online_images, size=config.views.size, seed=config.seed
-        )
+    with together():
+        if process() == 0:
+            online = OnlineProbe.choose(
+                collection, training, images=config.train.online_images, size=config.views.size, seed=config.seed
+            )
     return Training(config, fabric, run, method, data, facts, probes, online, checkpoint, progress)
 
 

@@ -189,11 +189,15 @@ def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
     """Write the list of skipped images as CSV (image, reason); an empty list still writes its header."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     # a file name may hold bytes that are no text: they are listed in escaped form
-    with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(("image", "reason"))
-        writer.writerows((item.image, item.reason) for item in skipped)
-    temporary.replace(path)
+    try:
+        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.writer(file)
+            writer.writerow(("image", "reason"))
+            writer.writerows((item.image, item.reason) for item in skipped)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class LoadedViews(NamedTuple):
