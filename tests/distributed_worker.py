@@ -249,7 +249,7 @@ def _valid(images: int, tokens: int, seed: int = 0) -> Tensor:
     """Where tokens are: few in the images of process 0, many in those of process 1, none or one in some."""
     share = torch.linspace(0.3, 0.9, images).unsqueeze(1)
     valid = torch.rand(images, tokens, generator=torch.Generator().manual_seed(seed)) < share
-    valid[0], valid[-1] = False, False
+    valid[0], valid[1], valid[-1] = False, False, False  # one image of process 0 counts, two of process 1
     valid[-1, 2] = True
     valid[:, 1] = False  # a position that no image fills, and one that a single image fills
     valid[:, 0] = False

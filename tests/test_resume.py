@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,10 +115,14 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_goes_on_bit_for_bit(method, whole, tmp_path):
-    """Stops in mid-epoch and at an epoch's end; the judgement at the ends of epochs is the same too."""
-    got = in_pieces(small(tmp_path / "run", method, **JUDGED), 2, EPOCH)
-    assert got == whole(method, **JUDGED)
-    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    """Stops in mid-epoch and at an epoch's end."""
+    assert in_pieces(small(tmp_path / "run", method), 2, EPOCH) == whole(method)
+
+
+def test_the_judgement_of_the_epochs_goes_on_bit_for_bit(whole, tmp_path):
+    """The lines of the online probe are there once each, and the best epoch is the same."""
+    assert in_pieces(small(tmp_path / "run", **JUDGED), 2, EPOCH) == whole(**JUDGED)
+    lines = Run.open(tmp_path / "run").read_metrics()
     online = [line for line in lines if "online" in line]
     assert [line["step"] for line in online] == [EPOCH, 2 * EPOCH]
     assert not any("loss" in line for line in online)
@@ -274,11 +278,10 @@ def test_watching_does_not_change_a_bit(changes, whole, tmp_path):
     assert all(known[step] == loss for step, loss in losses)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_judging_does_not_change_a_bit(method, whole, tmp_path):
-    run = pretrain(small(tmp_path / "run", method, online_images=0, **JUDGED))
+def test_judging_does_not_change_a_bit(whole, tmp_path):
+    run = pretrain(small(tmp_path / "run", online_images=0, **JUDGED))
     assert not any("online" in line for line in run.read_metrics())
-    expected = whole(method, **JUDGED)
+    expected = whole(**JUDGED)
     assert weights(run.path) == {name: expected[name] for name in weights(run.path)}
 
 
@@ -486,7 +489,7 @@ def test_kills_at_any_moment_change_nothing(number, tmp_path):
     # a checkpoint every 0.1 s or so: as much writing as training, so many kills hit it
     long = {"epochs": 60, "checkpoint_minutes": 0.0015, "workers": 2 * (number % 2)}
     config, whole = small(tmp_path / "run", method, **long), small(tmp_path / "whole", method, **long)
-    reached = []
+    reached, hits = [], 0
     for kill in range(kills):
         process = start(config, tmp_path / "settings.yaml")
         try:
@@ -501,11 +504,13 @@ def test_kills_at_any_moment_change_nothing(number, tmp_path):
         finally:
             process.kill()
         assert over in (None, 0), said.decode()
+        hits += process.returncode == -signal.SIGKILL
         if not (tmp_path / "run" / "config.yaml").exists():
             continue
         nothing_half_written(tmp_path / "run")
         state = Run.open(tmp_path / "run").read_checkpoint()
         reached.append(0 if state is None else state["step"])
+    assert hits > kills // 2  # the others came when all was done
     assert reached == sorted(reached)  # what is on the disk is never taken back
     process = start(config, tmp_path / "settings.yaml")
     try:
@@ -518,7 +523,6 @@ def test_kills_at_any_moment_change_nothing(number, tmp_path):
     nothing_half_written(tmp_path / "run")
     steps = [line["step"] for line in Run.open(tmp_path / "run").read_metrics() if "loss" in line]
     assert steps == list(range(1, 60 * EPOCH + 1))
-    assert asdict(config.train) == asdict(whole.train)
 
 
 def wait_for_news(path, process):
@@ -540,8 +544,9 @@ def test_a_killed_run_can_be_taken_up_at_once(workers, whole, tmp_path):
         wait_for_news(tmp_path / "run" / "metrics.jsonl", process)
         assert process.poll() is None, process.communicate()
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60) if not workers else process.wait(timeout=60)
+        process.wait(timeout=60)
     finally:
         process.kill()
+        process.stderr.close()  # its loaders have it still
     with Run.open(tmp_path / "run").lock():
         nothing_half_written(tmp_path / "run")
