@@ -392,7 +392,7 @@ def test_a_folder_that_becomes_read_only_stops_the_run(whole, tmp_path, monkeypa
             (run / "x").write_text("x")
     run.chmod(0o755)
     line = one_line(capsys)
-    assert f"writing the run failed: {run}/" in line
+    assert f"writing {run}/" in line
     assert "Permission denied; check its rights" in line
     assert f"{run / 'last.ckpt'} holds step 4 of {STEPS}; go on with" in line
     assert Run.open(run).read_checkpoint()["step"] == 4
@@ -406,7 +406,7 @@ def test_a_full_disk_names_the_step_that_is_kept(whole, tmp_path, monkeypatch, c
     code, _ = command_line(monkeypatch, config, tmp_path, once(6, lambda: full.symlink_to("/dev/full")))
     assert code == 1
     line = one_line(capsys)
-    assert "writing the run failed: No space left on device; free some space." in line
+    assert f"writing {run}/last.ckpt failed: No space left on device; free some space." in line
     assert f"{run / 'last.ckpt'} holds step 4 of {STEPS}; go on with: otcxr pretrain --resume true --out {run}" in line
     assert not full.is_symlink()
     assert Run.open(run).read_checkpoint()["step"] == 4
@@ -454,7 +454,10 @@ def test_a_limit_of_file_size_is_found_before_the_first_step(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 1
-    assert said == ("otcxr: writing the run failed: File too large; free some space. Nothing has been trained yet.\n")
+    assert said == (
+        f"otcxr: writing {tmp_path / 'run' / 'last.ckpt'} failed: File too large; free some space. "
+        "Nothing has been trained yet.\n"
+    )
     assert not list((tmp_path / "run").glob("*.ckpt"))
     assert not list((tmp_path / "run").rglob("*.tmp"))
     pretrain(replace(config, resume=True), stop_after=1)
@@ -501,7 +504,7 @@ def test_lack_of_memory_names_what_to_lower(faulty, tmp_path, monkeypatch, capsy
     assert code == 1
     line = one_line(capsys)
     assert "out of memory with train.batch_size = 8 in 1 part(s) of views of 32 pixels" in line
-    assert "lower train.batch_size, raise train.accumulate to 2" in line
+    assert "with a lower train.batch_size, train.accumulate = 2 or train.precision bf16-mixed" in line
     assert f"holds step 4 of {STEPS}; go on with" in line
     faulty.fault = None
     assert resumed(config) == outcome(tmp_path / "whole")
@@ -546,7 +549,9 @@ def test_a_number_that_is_not_finite_reaches_no_weight(spoil, words, faulty, tmp
     faulty.fault = staticmethod(
         lambda done, output: output._replace(loss=spoil(output.loss)) if done == 5 else output
     )  # fmt: skip
-    with pytest.raises(OtcxrError, match=rf"diverged at step 6: {words}. .*last good state, step 5. Lower train.learn"):
+    with pytest.raises(
+        OtcxrError, match=rf"diverged at step 6: {words}. .*last good state, step 5. Start anew .*lower train.learn"
+    ):
         pretrain(config)
     state = Run.open(config.out).read_checkpoint()
     assert state["step"] == 5

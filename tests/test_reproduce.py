@@ -102,10 +102,13 @@ def test_a_missing_line_is_seen(run, tmp_path):
     other = Run(tmp_path / "other")
     shutil.copytree(run.path, other.path)
     other.cut_metrics(7)
-    assert compare_runs(run, other, 9)["first_difference"]["name"] == "number of lines"
+    short = compare_runs(run, other, 9)
+    assert (short["lines"], short["lines_of_one_only"], short["identical"]) == (7, [2, 0], True)
     text = (run.path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (other.path / "metrics.jsonl").write_text("".join(text[:3] + text[4:]))
-    assert compare_runs(run, other, 9)["first_difference"] == {"step": 4, "name": "line"}
+    assert compare_runs(other, run, 9)["lines_of_one_only"] == [0, 1]
+    (other.path / "metrics.jsonl").write_text("")
+    assert compare_runs(run, other, 9)["identical"] is False
 
 
 def test_changed_pictures_are_reported_by_content(run, tmp_path):

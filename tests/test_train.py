@@ -290,7 +290,7 @@ def test_double_precision_is_for_checks(method, tmp_path):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_divergence_stops_before_a_weight_takes_it_in(method, tmp_path):
     wild = TrainConfig(epochs=3, batch_size=8, accelerator="cpu", learning_rate=1e12, clip=1e30, warmup=0.0, probes=0)
-    with pytest.raises(OtcxrError, match="diverged at step .* Lower train.learning_rate"):
+    with pytest.raises(OtcxrError, match="diverged at step .* Start anew .*lower train.learning_rate"):
         pretrain(tiny(tmp_path / "run", method, train=wild))
 
 
@@ -307,12 +307,21 @@ def test_divergence_after_an_epoch_points_at_the_state_that_is_good(tmp_path, mo
 def test_what_a_killed_process_left_is_swept(tmp_path):
     run = Run(tmp_path / "run")
     (run.path / "pairs").mkdir(parents=True)
+    stranger = run.path / "deep" / "thesis.4194305.tmp"
+    stranger.parent.mkdir()
+    for file in (stranger, run.path / "notes.tmp"):
+        file.write_text("not ours")
+    with run.lock():  # a folder that holds no run is nobody's to clear
+        assert stranger.exists()
+    run.write_config({})
     gone, mine = run.path / "pairs" / "000.npz.4194305.tmp", run.path / f"last.ckpt.{os.getpid()}.tmp"
     gone.write_bytes(b"half")
     mine.write_bytes(b"at work")
     with run.lock():
         assert not gone.exists()
         assert mine.exists()
+        assert stranger.exists()
+        assert (run.path / "notes.tmp").exists()
 
 
 def test_a_second_process_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "MissingExtra", "OtcxrError", "did_you_mean"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "MissingExtra", "OtcxrError", "StorageError", "did_you_mean"]
 
 
 class OtcxrError(Exception):
@@ -31,6 +31,10 @@ class DataError(OtcxrError):
 
 class CheckpointError(OtcxrError):
     """A saved state is missing, cut short or belongs to another network or run."""
+
+
+class StorageError(OtcxrError):
+    """A folder or disk does not take what should be written."""
 
 
 class MissingExtra(OtcxrError):

@@ -16,7 +16,6 @@ from otcxr.errors import OtcxrError
 __all__ = ["Collapsed", "Interrupted", "explain_fault", "ignore_signals", "stop_request"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; the end of a job; SLURM's notice before it
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Interrupted(OtcxrError):
@@ -68,20 +67,22 @@ def explain_fault(
         kept: What the last checkpoint holds, as a sentence.
     """
     text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM
+    words = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    if memory or any(word in text for word in words):
         return OtcxrError(
             f"out of memory with train.batch_size = {batch_size} in {accumulate} part(s) of views of {size} pixels; "
-            f"lower train.batch_size, raise train.accumulate to {2 * accumulate}, or use train.precision bf16-mixed. "
-            f"{kept}"
+            f"start anew (another --out) with a lower train.batch_size, train.accumulate = {2 * accumulate} or "
+            f"train.precision bf16-mixed, or go on with more memory. {kept}"
         )
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+    # "Caught ... in DataLoader worker" is an error of the program, which keeps its traceback
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in text and not text.startswith("Caught "):
         how = "it was killed, most often for want of memory" if "killed" in text.lower() else "it ended unexpectedly"
         return OtcxrError(
             f"a loader process died: {how} ({text.splitlines()[0][:200]}); lower data.workers (now {workers}) or "
             f"data.cache_gb, which counts for each of them. {kept}"
         )
-    if isinstance(error, OSError) and error.errno is not None:
-        what = "free some space" if error.errno in _FULL else "check its rights and that it can be written to"
-        where = f" {error.filename}" if error.filename else ""
-        return OtcxrError(f"writing the run failed:{where} {error.strerror}; {what}. {kept}")
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return OtcxrError(f"too many open files; raise the limit (ulimit -n) or lower data.workers (now {workers}). "
+                          f"{kept}")  # fmt: skip
     return None

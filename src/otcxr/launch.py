@@ -40,7 +40,8 @@ def make_fabric(train: TrainConfig) -> Fabric:
     devices, nodes = _layout(train)
     if accelerator == "cuda" and devices > torch.cuda.device_count():
         raise ConfigError(f"{devices} GPUs are asked for on each machine, this one has {torch.cuda.device_count()}; "
-                          "lower train.devices, or the processes per node that torchrun or SLURM starts")  # fmt: skip
+                          "lower train.devices, or the processes per node that torchrun or SLURM starts; under SLURM "
+                          "let every task see all GPUs of its node (--gpus-per-node)")  # fmt: skip
     count = devices * nodes
     pieces = count * train.accumulate
     if train.batch_size % pieces or train.batch_size // pieces < 2:
@@ -81,7 +82,12 @@ def _layout(train: TrainConfig) -> tuple[int, int]:
         return local, world // local
     if SLURMEnvironment.detect():
         nodes = int(os.environ.get("SLURM_NNODES") or os.environ.get("SLURM_JOB_NUM_NODES") or 1)
-        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+        tasks = int(os.environ["SLURM_NTASKS"])
+        if tasks % nodes:
+            raise ConfigError(f"SLURM starts {tasks} tasks on {nodes} nodes; every node needs equally many: use "
+                              "--ntasks-per-node")  # fmt: skip
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(tasks // nodes))  # Fabric wants it said
+        return tasks // nodes, nodes
     return train.devices, train.nodes
 
 

@@ -32,8 +32,8 @@ from otcxr.data.dataset import (
 )
 from otcxr.data.geometry import ViewBatch
 from otcxr.data.records import Collection, Record, Skipped
-from otcxr.distributed import agree, alone, everyone, mean_over_processes, process, processes
-from otcxr.errors import OtcxrError
+from otcxr.distributed import agree, alone, everyone, mean_over_processes, process, processes, together
+from otcxr.errors import OtcxrError, StorageError
 from otcxr.faults import Collapsed, Interrupted, explain_fault, ignore_signals, stop_request
 from otcxr.health import Watch, observe, verdict
 from otcxr.launch import full_state, restore_optimizer, set_up
@@ -111,6 +111,7 @@ class Training:
         self.warmup = round(train.warmup * self.total)
         self.step, self.elapsed, self.epoch_loss = 0, 0.0, 0.0
         self.lost: list[Skipped] = []
+        self.trouble: OtcxrError | None = None
         self.batches: Iterator[LoadedViews] | None = None
         self.left_out = sorted(set(range(len(records))) - set(data.usable))
         self.best: dict[str, Any] | None = None  # by which measure, and its value
@@ -152,8 +153,12 @@ class Training:
             try:
                 with alone():
                     self._write(weights, optimizer, end_of_epoch)
-            except OSError as error:
+            except OtcxrError as error:
+                problem = error
+            except (RuntimeError, MemoryError, OSError) as error:
                 problem = self._fault(error)
+                if problem is None:
+                    raise
         agree(problem)  # nobody leaves before it is written, or waits for one that could not write
         if end_of_epoch:
             self.epoch_loss = 0.0
@@ -197,8 +202,9 @@ class Training:
     # --- the loop ---
     def run_to_end(self, stop_after: int | None = None) -> None:
         """Train to the last epoch, or to step ``stop_after``."""
-        if process() == 0:
-            self.run.cut_metrics(self.step)
+        with together():
+            if process() == 0:
+                self.run.cut_metrics(self.step)
         if self.step >= self.total:
             self.progress.say(f"{self.run.path} has finished all {self.config.train.epochs} epochs already")
             return
@@ -209,6 +215,10 @@ class Training:
                 if self.saved_step is None:
                     self._save()  # a folder that cannot be written to is found now, not after the first epoch
                 self._loop(stop_after, stop.is_set, bar)
+        except StorageError as error:
+            told = StorageError(f"{error}. {self._kept()}")
+            told.told_elsewhere = error.told_elsewhere
+            raise told from error
         except (RuntimeError, MemoryError, OSError) as error:
             fault = self._fault(error)
             if fault is None:
@@ -237,7 +247,11 @@ class Training:
                 bar(self.step * train.batch_size, f"loss {loss:.3f}{self.mark}")
                 ends = self.step % self.steps == 0
                 late = time.monotonic() - saved_at > 60 * train.checkpoint_minutes
-                stop, late, collapsed = self._any(asked() or self.step == stop_after, late, self.collapsed)
+                stop, late, collapsed, trouble = self._any(
+                    asked() or self.step == stop_after, late, self.collapsed, self.trouble is not None
+                )
+                if trouble:
+                    agree(self.trouble)
                 if ends or stop or late or collapsed:
                     self._save(end_of_epoch=ends)
                     self._report_lost()
@@ -297,6 +311,10 @@ class Training:
             loaded = next(batches)
         except OtcxrError as error:
             problem = error
+        except (RuntimeError, MemoryError, OSError) as error:
+            problem = self._fault(error)
+            if problem is None:
+                raise
         if self._any(problem is not None)[0]:
             agree(problem)
         assert loaded is not None
@@ -340,7 +358,10 @@ class Training:
             judged = verdict(line["health"])
             line["verdict"] = judged._asdict()
             self._heed(self.watch.see(self.step, judged), judged.text)
-        self.run.append_metrics(line)
+        try:
+            self.run.append_metrics(line)
+        except StorageError as error:  # raised by all processes together, where they next meet
+            self.trouble = error
 
     def _heed(self, action: str, text: str) -> None:
         """Do what ``train.on_collapse`` asks for."""
@@ -348,9 +369,10 @@ class Training:
         self.verdict = text
         if how == "ignore":
             return
+        marked = bool(self.mark)
         if action in ("warn", "stop"):
             self.mark = ", unhealthy"
-        if action == "warn":
+        if action == "warn" or (action == "stop" and how == "warn" and not marked):
             self.progress.say(f"warning, step {self.step}: {text}")
         if action == "recovered":
             self.mark = ""
@@ -367,11 +389,13 @@ class Training:
             return
         self.data.skipped.extend(fresh)
         if process() == 0:
-            write_skipped(self.run.path / "skipped.csv", self.data.skipped)
             self.progress.say(
                 f"warning: {len(fresh)} images can no longer be read, others stand in for them (first: "
                 f"{fresh[0].image}: {fresh[0].reason}); listed in {self.run.path / 'skipped.csv'}"
             )
+        with together():
+            if process() == 0:
+                write_skipped(self.run.path / "skipped.csv", self.data.skipped)
         named = len(self.data.collection.records) + len(self.data.collection.skipped)
         try:
             refuse_too_many(self.data.skipped, named, self.config.data.max_skipped, self.data.collection.name)
@@ -399,7 +423,7 @@ class Training:
         last = f"{self.run.path / 'last.ckpt'} holds the last good state, step {self.saved_step}."
         return self._told(OtcxrError(
             f"the training diverged at step {self.step + 1}: {what}. {last} "
-            "Lower train.learning_rate, raise train.warmup, or use train.precision 32-true"
+            "Start anew (another --out): lower train.learning_rate, raise train.warmup, or use train.precision 32-true"
         ))  # fmt: skip
 
     def _told(self, error: OtcxrError) -> OtcxrError:

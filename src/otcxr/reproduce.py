@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -61,25 +62,24 @@ def reproduce(
 def compare_runs(old: Run, new: Run, step: int) -> dict[str, Any]:
     """Compare two runs up to a step.
 
-    Returns: "identical": every logged number but times, and the weights where both saved them at that step, are equal
-        bit for bit; "step", "lines": how far and over how many lines of metrics; "first_difference": step and name of
-        the first number that differs, None if none; "largest_loss_difference": relative; "weights": "identical",
-        "different" or "not compared" (not saved at the same step); "environment": what differs, as
-        {name: [old, new]}; "continued": where the old run was interrupted and what had changed by then.
+    Returns:
+        "identical": every number but times that both logged, and the weights where both saved them at that step, are
+        equal bit for bit; "step", "lines": how far, and over how many lines of metrics; "lines_of_one_only": how many
+        lines the old and the new run have alone (a continuation may log more often); "first_difference": step and name
+        of the first number that differs, None if none; "largest_loss_difference": relative; "weights": "identical",
+        "different" or "not compared" (not saved at the same step); "environment": what differs, as {name: [old, new]};
+        "continued": where the old run was interrupted and what had changed by then.
     """
     first, largest = None, 0.0
     old_lines, new_lines = _lines(old, step), _lines(new, step)
-    for (key, a), (other, b) in zip(old_lines, new_lines, strict=False):
-        if key != other:
-            first = first or {"step": min(key[0], other[0]), "name": "line"}
-            break
+    both = sorted(old_lines.keys() & new_lines.keys())
+    for key in both:
+        a, b = old_lines[key], new_lines[key]
         names = [name for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)]
         if names and first is None:
             first = {"step": key[0], "name": names[0], "old": a.get(names[0]), "new": b.get(names[0])}
         if "loss" in a and "loss" in b:
             largest = max(largest, abs(a["loss"] - b["loss"]) / max(abs(a["loss"]), 1e-12))
-    if first is None and len(old_lines) != len(new_lines):
-        first = {"step": step, "name": "number of lines", "old": len(old_lines), "new": len(new_lines)}
     weights = _weights(old, new)
     before, now = (run.read_json("environment.json") or {} for run in (old, new))
     environment: dict[str, list[Any]] = {}
@@ -87,20 +87,21 @@ def compare_runs(old: Run, new: Run, step: int) -> dict[str, Any]:
         a, b = flatten({name: before.get(name)}), flatten({name: now.get(name)})
         environment |= {key: [a.get(key), b.get(key)] for key in [*a, *b] if a.get(key) != b.get(key)}
     return {
-        "identical": first is None and weights != "different",
-        "step": step, "lines": len(new_lines), "first_difference": first, "largest_loss_difference": largest,
+        "identical": first is None and bool(both) and weights != "different",
+        "step": step, "lines": len(both), "lines_of_one_only": [len(old_lines) - len(both), len(new_lines) - len(both)],
+        "first_difference": first, "largest_loss_difference": largest,
         "weights": weights, "environment": environment, "continued": before.get("continued", []),
     }  # fmt: skip
 
 
-def _lines(run: Run, step: int) -> list[tuple[tuple[int, bool], dict[str, Any]]]:
+def _lines(run: Run, step: int) -> dict[tuple[int, bool], dict[str, Any]]:
     """Numbers of each line up to a step, flat and without times, under (step, whether it is an online judgement)."""
-    kept = []
+    kept = {}
     for line in run.read_metrics():
         if line["step"] <= step:
             flat: Mapping[str, Any] = flatten(line)
             numbers = {name: value for name, value in flat.items() if name not in _TIMES}
-            kept.append(((int(line["step"]), "online" in line), numbers))
+            kept[int(line["step"]), "online" in line] = numbers
     return kept
 
 
@@ -119,8 +120,15 @@ def _weights(old: Run, new: Run) -> str:
 def _threads(count: int | None) -> Iterator[None]:
     """Compute with as many threads as the run had: sums are taken in another order with another number."""
     before = torch.get_num_threads()
+    said = os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(count or before)
+    if count:
+        os.environ["OMP_NUM_THREADS"] = str(count)  # for processes that are started, and because Fabric looks there
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        if count:
+            os.environ.pop("OMP_NUM_THREADS")
+            if said is not None:
+                os.environ["OMP_NUM_THREADS"] = said

@@ -11,10 +11,13 @@ is appended to; a last line that was cut is dropped when it is read.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import logging
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -25,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 import yaml
 
-from otcxr.errors import CheckpointError, ConfigError, DataError
+from otcxr.errors import CheckpointError, ConfigError, DataError, StorageError
 from otcxr.version import __version__
 
 if TYPE_CHECKING:
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
 
     from otcxr.nn.encoder import Encoder
 
-__all__ = ["Run", "describe_environment", "write_atomic"]
+__all__ = ["Run", "describe_environment", "storage_error", "write_atomic"]
+
+_log = logging.getLogger(__name__)
+_FOLDERS = ("best", "pairs", "evaluation", "explain")  # of a run
 
 _HELD: set[TextIO] = set()  # lock files of this process
 
@@ -58,10 +64,11 @@ def write_atomic(path: Path, data: bytes | str, before: Callable[[], None] | Non
         path: The file.
         data: Its content; text as UTF-8.
         before: Called when the whole content is on disk, before it gets its name.
+    Raises: StorageError: the disk is full, the folder cannot be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
@@ -69,9 +76,19 @@ def write_atomic(path: Path, data: bytes | str, before: Callable[[], None] | Non
         if before is not None:
             before()
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise storage_error(path, error) from error
         raise
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """Say what could not be written, why, and what mends it."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = "free some space" if full else "check its rights and that it can be written to"
+    return StorageError(f"writing {path} failed: {error.strerror or error}; {fix}")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -118,19 +135,24 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Hold the run for writing; a second process that wants it is refused, a dead one holds nothing.
 
-        Raises: ConfigError: another process holds it.
+        Raises: ConfigError: another process holds it. StorageError: the folder cannot be written to.
         """
         import fcntl
 
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            opened = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise storage_error(self.path, error) from error
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ConfigError(f"another process is writing to {self.path}; wait for it or stop it") from error
-            for left in self.path.rglob("*.tmp"):  # what a killed process was writing
-                if not _alive(left.name.split(".")[-2]):
-                    left.unlink(missing_ok=True)
+            except OSError as error:  # some network file systems have no locks
+                _log.warning("%s cannot be locked (%s): see to it that only one process trains there", self.path,
+                             error.strerror)  # fmt: skip
+            self._sweep()
             _HELD.add(file)
             try:
                 yield
@@ -140,6 +162,16 @@ class Run:
                     (self.path / ".lock").unlink(missing_ok=True)
                     with suppress(OSError):  # it held other files before
                         self.path.rmdir()
+
+    def _sweep(self) -> None:
+        """Remove what killed processes were writing, by its name and place; nothing else."""
+        if not (self.path / "config.yaml").is_file():
+            return
+        places = [self.path, *(self.path / name for name in _FOLDERS)]
+        for left in (file for place in places if place.is_dir() for file in place.iterdir()):
+            number = re.search(r"\.(\d+)\.tmp$", left.name)
+            if number and left.is_file() and not _alive(number[1]):
+                left.unlink(missing_ok=True)
 
     @property
     def name(self) -> str:
@@ -164,8 +196,12 @@ class Run:
 
     # --- metrics ---
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.path / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise storage_error(path, error) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
@@ -200,6 +236,14 @@ class Run:
         if best:
             write_atomic(self.path / "best" / "last.ckpt", buffer.getvalue())
         write_atomic(self.path / "last.ckpt", buffer.getvalue(), before=lambda: self._move_checkpoints(keep))
+        for path, number in self._older():
+            if number >= keep:
+                path.unlink(missing_ok=True)
+
+    def _older(self) -> list[tuple[Path, int]]:
+        """Earlier checkpoints with their numbers, newest first."""
+        found = ((path, re.fullmatch(r"last-(\d+)\.ckpt", path.name)) for path in self.path.glob("last-*.ckpt"))
+        return sorted(((path, int(name[1])) for path, name in found if name), key=lambda item: item[1])
 
     def _move_checkpoints(self, keep: int) -> None:
         for number in range(keep - 1, 0, -1):
@@ -215,13 +259,14 @@ class Run:
                 not take the place of a whole one.
         Raises: CheckpointError: there are checkpoints but all are damaged.
         """
-        older = sorted(self.path.glob("last-*.ckpt"), key=lambda path: int(path.stem.removeprefix("last-")))
         damaged: dict[Path, str] = {}
-        for path in (self.path / "last.ckpt", *older):
+        for path in (self.path / "last.ckpt", *(path for path, _ in self._older())):
             if not path.is_file():
                 continue
             try:
                 state = _load_whole(path)
+            except (PermissionError, MemoryError):  # these say nothing about the file
+                raise
             except Exception as error:  # torch raises several types for a damaged file
                 damaged[path] = f"{path} is damaged ({_first_line(error)})"
                 continue

@@ -23,8 +23,8 @@ from otcxr.data.dataset import (
     write_skipped,
 )
 from otcxr.data.sources import open_collection
-from otcxr.distributed import agree, everyone, from_first, process, processes, together
-from otcxr.errors import CheckpointError, ConfigError, OtcxrError
+from otcxr.distributed import everyone, from_first, process, processes, together
+from otcxr.errors import CheckpointError, ConfigError
 from otcxr.faults import Collapsed, Interrupted
 from otcxr.launch import make_fabric
 from otcxr.loop import FORMAT, Data, Training, build_method
@@ -78,15 +78,13 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None, *, stop_a
     if process() != 0:
         progress = SilentProgress()
     with ExitStack() as held:
-        problem, checkpoint, run = None, None, Run(config.out)
-        if process() == 0:  # one process reads and writes the folder
-            try:
+        checkpoint, run = None, Run(config.out)
+        with together():
+            if process() == 0:  # one process reads and writes the folder
                 held.enter_context(run.lock())
                 checkpoint = _open_run(config, run, progress)
-            except OtcxrError as error:
-                problem = error
-        agree(problem)
         training = _prepare(config, fabric, run, from_first(checkpoint), progress)
+        del checkpoint  # as large as the weights and the optimizer's state
         # methods that draw random numbers get streams of their own, and the caller's random state is left alone
         here = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
         with torch.random.fork_rng(devices=here):
@@ -142,13 +140,14 @@ def _prepare(
     plain = config_to_plain(config)
     facts = {"config_digest": identity(plain), "data_digest": images, "contents_digest": contents,
              "images": len(usable), "input_size": config.views.size, "source": config.data.source}  # fmt: skip
-    if process() == 0:
-        write_skipped(run.path / "skipped.csv", skipped)
-        if skipped:
-            progress.say(f"skipped {len(skipped)} images, listed in {run.path / 'skipped.csv'}")
-        # where the run lies and how it was started are no settings of it: the folder may be copied
-        run.write_config({name: value for name, value in plain.items() if name not in ("out", "resume")})
-        _write_environment(run, fabric, facts, 0 if checkpoint is None else int(checkpoint["step"]), progress)
+    with together():
+        if process() == 0:
+            write_skipped(run.path / "skipped.csv", skipped)
+            if skipped:
+                progress.say(f"skipped {len(skipped)} images, listed in {run.path / 'skipped.csv'}")
+            # where the run lies and how it was started are no settings of it: the folder may be copied
+            run.write_config({name: value for name, value in plain.items() if name not in ("out", "resume")})
+            _write_environment(run, fabric, facts, 0 if checkpoint is None else int(checkpoint["step"]), progress)
     data = Data(training, usable, skipped, cache)
     probes = choose_probes(collection, training, config.train.probes, config.seed)
     online = None

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Sampler
 from otcxr.data.images import fit_square, load_radiograph
 from otcxr.data.records import Collection, ImageRef, Radiograph, Record, Skipped
 from otcxr.data.views import MIN_VALID, ViewBatch, ViewsConfig, collate_views, make_views, view_generator
-from otcxr.errors import ConfigError, DataError
+from otcxr.errors import ConfigError, DataError, StorageError
 
 __all__ = [
     "Checked",
@@ -155,10 +155,12 @@ def check_records(
     own = range(process, total, processes)
     found: dict[int, Skipped | int] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for number, (index, result) in enumerate(zip(own, pool.map(read, own), strict=True)):
-            found[index] = result
-            if progress is not None:
-                progress(min(total, (number + 1) * processes))
+        for first in range(0, len(own), 4096):  # in blocks: the pool holds what it was given until it is done
+            block = own[first : first + 4096]
+            for index, result in zip(block, pool.map(read, block), strict=True):
+                found[index] = result
+                if progress is not None:
+                    progress(min(total, len(found) * processes))
     if everyone is not None:
         found = {index: result for part in everyone(found) for index, result in part.items()}
     usable = [index for index in range(total) if not isinstance(found[index], Skipped)]
@@ -195,8 +197,12 @@ def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
             writer.writerow(("image", "reason"))
             writer.writerows((item.image, item.reason) for item in skipped)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise StorageError(
+                f"writing {path} failed: {error.strerror}; free some space, or check its rights"
+            ) from error
         raise
 
 
