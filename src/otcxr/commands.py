@@ -79,7 +79,7 @@ def reproduce(words: Sequence[str]) -> int:
         progress.say(f"differs: {name} was {old}, is {new}")
     for part in result["continued"]:
         changed = ", ".join(part["changed"]) or "nothing"
-        progress.say(f"the run was interrupted at step {part['step']}; changed when it went on: {changed}")
+        progress.say(f"the run was taken up again at step {part['step']}; changed when it went on: {changed}")
     weights = "the weights are identical" if result["weights"] == "identical" else f"weights {result['weights']}"
     if result["identical"]:
         progress.say(
