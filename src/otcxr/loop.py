@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,18 +149,10 @@ class Training:
     def _save(self, *, end_of_epoch: bool = False) -> None:
         """Write everything a continuation needs, and what others read: the encoder, the method, the pairs."""
         weights, optimizer = full_state(self.method, self.optimizer, self.config.train)
-        problem = None
-        if process() == 0:
-            try:
-                with alone():
+        with together():  # nobody leaves before it is written, or waits for one that could not write
+            if process() == 0:
+                with self._in_words(), alone():
                     self._write(weights, optimizer, end_of_epoch)
-            except OtcxrError as error:
-                problem = error
-            except (RuntimeError, MemoryError, OSError) as error:
-                problem = self._fault(error)
-                if problem is None:
-                    raise
-        agree(problem)  # nobody leaves before it is written, or waits for one that could not write
         if end_of_epoch:
             self.epoch_loss = 0.0
         self.saved_step = self.step
@@ -211,7 +204,7 @@ class Training:
         self.method.train()
         images = self.total * self.config.train.batch_size
         try:
-            with stop_request() as stop, self.progress.bar("pre-training", images, "images") as bar:
+            with self._in_words(), stop_request() as stop, self.progress.bar("pre-training", images, "images") as bar:
                 if self.saved_step is None:
                     self._save()  # a folder that cannot be written to is found now, not after the first epoch
                 self._loop(stop_after, stop.is_set, bar)
@@ -219,11 +212,6 @@ class Training:
             told = StorageError(f"{error}. {self._kept()}")
             told.told_elsewhere = error.told_elsewhere
             raise told from error
-        except (RuntimeError, MemoryError, OSError) as error:
-            fault = self._fault(error)
-            if fault is None:
-                raise
-            raise fault from error
         finally:
             self._end_loaders()
         if process() == 0:
@@ -308,13 +296,10 @@ class Training:
         """The next part of the batch on this device; a source that is gone ends all processes."""
         problem, loaded = None, None
         try:
-            loaded = next(batches)
+            with self._in_words():
+                loaded = next(batches)
         except OtcxrError as error:
             problem = error
-        except (RuntimeError, MemoryError, OSError) as error:
-            problem = self._fault(error)
-            if problem is None:
-                raise
         if self._any(problem is not None)[0]:
             agree(problem)
         assert loaded is not None
@@ -406,11 +391,19 @@ class Training:
         """Whether any process says so, for each flag."""
         return [share > 0 for share in mean_over_processes([float(flag) for flag in flags], self.fabric.device)]
 
-    def _fault(self, error: Exception) -> OtcxrError | None:
-        return explain_fault(
-            error, batch_size=self.config.train.batch_size, accumulate=self.config.train.accumulate,
-            size=self.config.views.size, workers=self.config.data.workers, kept=self._kept(),
-        )  # fmt: skip
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """Turn a failure of the machine within it into an error that names the fix; others pass as they are."""
+        try:
+            yield
+        except (RuntimeError, MemoryError, OSError) as error:
+            fault = explain_fault(
+                error, batch_size=self.config.train.batch_size, accumulate=self.config.train.accumulate,
+                size=self.config.views.size, workers=self.config.data.workers, kept=self._kept(),
+            )  # fmt: skip
+            if fault is None:
+                raise
+            raise fault from error
 
     def _kept(self) -> str:
         """What can be gone on from, as a sentence."""
