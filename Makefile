@@ -1,6 +1,8 @@
 # make demo and make test set everything up on a fresh machine: a virtual environment with the tested versions, then run.
 PYTHON ?= python3
 VENV ?= .venv
+# test files that run at once; one file stays on one process, so what it shares is built once
+JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -22,10 +24,10 @@ demo: $(READY)
 	$(BIN)/otcxr demo --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(BIN)/python -m pytest -m 'slow and not gpu' -n $(JOBS) --dist loadfile
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz_ot.py --problems 1000000 --seed 0

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pages import embed
+from pages import embed, machine
 from torch import Tensor
 
 import otcxr
@@ -120,11 +120,6 @@ def measure(name: str, size: Size, batch_size: int, repeats: int, device: torch.
         "step_ms": 1e3 * plain, "extra_ms": 1e3 * extra, "look_ms": 1e3 * alone,
         "share": max(extra, alone) / (EVERY * plain),
     }  # fmt: skip
-
-
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def main() -> None:

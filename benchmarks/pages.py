@@ -1,4 +1,4 @@
-"""Put generated tables between the marks of a page that is otherwise written by hand."""
+"""What benchmarks share: the name of the machine, and tables put between the marks of a page written by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from otcxr.runs import write_atomic
 
-__all__ = ["embed"]
+__all__ = ["embed", "machine"]
 
 
 def embed(page: Path, name: str, lines: list[str]) -> None:
@@ -20,3 +20,9 @@ def embed(page: Path, name: str, lines: list[str]) -> None:
         raise ValueError(f"{page.name} needs the lines '{begin.strip()}' and '{end}' around the table")
     before, rest = text.split(begin)
     write_atomic(page, before + begin + "\n".join(lines).strip() + "\n" + end + rest.split(end)[1])
+
+
+def machine() -> str:
+    """The processor's name, "unknown" where the system does not tell."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,5 +1,6 @@
 """What all tests share: the real data where it exists, one thread, and files that are written by hand."""
 
+import functools
 import os
 import struct
 import zlib
@@ -13,6 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from otcxr.data import phantom
+
+_RENDER = phantom.render
+_DRAWN = functools.lru_cache(maxsize=8192)(_RENDER)
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -23,6 +28,22 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def drawn_once(config, index):
+    """``phantom.render``, which a process does once for each small phantom."""
+    return _DRAWN(config, index).copy() if config.size <= 64 else _RENDER(config, index)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _phantoms_once(request):
+    """Most tests look at the same few phantoms. Not where phantoms are the matter."""
+    if "phantom" in request.module.__name__:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantom, "render", drawn_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -39,6 +40,46 @@ def average_precision_by_steps(labels, scores, weights=None) -> float:
             area += (hits / positives - recall_before) * hits / weights[called].sum()
             recall_before = hits / positives
     return area
+
+
+def sensitivity_at_by_thresholds(labels, scores, least, weights=None) -> float:
+    """Of all thresholds at which the specificity is at least ``least``, the best sensitivity."""
+    weights = np.ones(len(labels)) if weights is None else weights
+    best = math.nan
+    positive = sum(w for y, w in zip(labels, weights, strict=True) if y == 1)
+    negative = sum(w for y, w in zip(labels, weights, strict=True) if y == 0)
+    if not positive or not negative:
+        return best
+    for c in (-math.inf, *sorted(set(scores))):
+        below = sum(w for y, s, w in zip(labels, scores, weights, strict=True) if y == 0 and s <= c)
+        above = sum(w for y, s, w in zip(labels, scores, weights, strict=True) if y == 1 and s > c)
+        if below / negative >= least - 1e-12:
+            best = above / positive if math.isnan(best) else max(best, above / positive)
+    return best
+
+
+def confusion_by_loop(labels, scores, threshold, weights=None) -> tuple[float, float, float, float]:
+    """True positives, false positives, false negatives, true negatives at score >= threshold."""
+    counts = dict.fromkeys(("tp", "fp", "fn", "tn"), 0.0)
+    for y, s, w in zip(labels, scores, np.ones(len(labels)) if weights is None else weights, strict=True):
+        counts[("t" if (s >= threshold) == (y == 1) else "f") + ("p" if s >= threshold else "n")] += w
+    return counts["tp"], counts["fp"], counts["fn"], counts["tn"]
+
+
+def logistic_by_search(x, y, weights, sloped: bool) -> tuple[float, float]:
+    """Maximum likelihood of y on x by scipy's simplex search, started anew until it stays."""
+    from scipy.optimize import minimize
+
+    def misfit(theta):
+        z = theta[0] + (theta[1] if sloped else 1.0) * x
+        return float((weights * (np.logaddexp(0, z) - y * z)).sum())
+
+    theta = np.array([0.0, 1.0]) if sloped else np.array([0.0])
+    for _ in range(4):
+        theta = minimize(
+            misfit, theta, method="Nelder-Mead", options={"xatol": 1e-10, "fatol": 1e-14, "maxiter": 5000}
+        ).x
+    return float(theta[0]), float(theta[1]) if sloped else 1.0
 
 
 def holm_by_closed_testing(p_values: Sequence[float]) -> list[float]:
@@ -311,3 +352,133 @@ def attention_by_loops(queries, keys, values, allowed) -> tuple[np.ndarray, np.n
             weights[i, j] = score / sum(scores.values())
             mixed[i] += weights[i, j] * values[j]
     return mixed, weights
+
+
+def head_by_loops(rows, steps) -> np.ndarray:
+    """A head applied layer by layer to rows (N, C).
+
+    Steps: ("linear", weight, bias or None), ("norm", scale or None, shift or None), ("relu",) or ("gelu",). The norm is
+    BatchNorm in training: biased variance over the rows, plus 1e-5.
+    """
+    rows = [np.asarray(row, dtype=np.float64) for row in rows]
+    for kind, *weights in steps:
+        if kind == "linear":
+            matrix, bias = weights
+            rows = [np.array([w @ row for w in matrix]) + (0 if bias is None else bias) for row in rows]
+        elif kind == "norm":
+            scale, shift = weights
+            mean = sum(rows) / len(rows)
+            spread = np.sqrt(sum((row - mean) ** 2 for row in rows) / len(rows) + 1e-5)
+            rows = [(row - mean) / spread * (1 if scale is None else scale) for row in rows]
+            rows = [row + (0 if shift is None else shift) for row in rows]
+        elif kind == "relu":
+            rows = [np.array([max(x, 0.0) for x in row]) for row in rows]
+        else:
+            assert kind == "gelu"
+            rows = [np.array([x * (1 + math.erf(x / math.sqrt(2))) / 2 for x in row]) for row in rows]
+    return np.array(rows)
+
+
+# --- losses of MoCo, DenseCL, BYOL, SimSiam, Barlow Twins and DINO ---------------------------------------------------
+
+
+def cosine(u, v) -> float:
+    """<u, v> / (|u| |v|)."""
+    dot = sum(float(x) * float(y) for x, y in zip(u, v, strict=True))
+    return dot / math.sqrt(sum(float(x) ** 2 for x in u) * sum(float(y) ** 2 for y in v))
+
+
+def info_nce_by_loops(query, key, negatives, temperature) -> float:
+    """MoCo's equation 1 for one query: its key against the negatives, all compared by cosine."""
+    right = math.exp(cosine(query, key) / temperature)
+    wrong = sum(math.exp(cosine(query, negative) / temperature) for negative in negatives)
+    return -math.log(right / (right + wrong))
+
+
+def partners_by_loops(tokens, others, allowed) -> list[int]:
+    """For every token the most similar one of the allowed others; the first of equal ones."""
+    return [
+        max((j for j in range(len(others)) if allowed[j]), key=lambda j: cosine(token, others[j])) for token in tokens
+    ]
+
+
+def densecl_dense_by_loops(
+    tokens, key_tokens, projected, key_projected, valid, key_valid, negatives, temperature
+) -> float:
+    """DenseCL's dense term: pairs by backbone tokens, loss on their projections, the mean in each image first.
+
+    Args: lists over images; tokens (n, C) and (m, C), projections (n, d) and (m, d), valid (n,) and (m,).
+    """
+    images = []
+    for i in range(len(tokens)):
+        partner = partners_by_loops(tokens[i], key_tokens[i], key_valid[i])
+        images.append([
+            info_nce_by_loops(projected[i][at], key_projected[i][partner[at]], negatives, temperature)
+            for at in range(len(tokens[i])) if valid[i][at]
+        ])  # fmt: skip
+    return sum(sum(losses) / len(losses) for losses in images) / len(images)
+
+
+def byol_by_loops(predictions, targets) -> float:
+    """Squared distances of vectors of length 1, of both views: predictions and targets are (2, B, d), other view's."""
+    total = 0.0
+    for v in (0, 1):
+        for p, z in zip(predictions[v], targets[1 - v], strict=True):
+            p, z = p / np.linalg.norm(p), z / np.linalg.norm(z)
+            total += sum((x - y) ** 2 for x, y in zip(p, z, strict=True)) / len(predictions[v])
+    return total
+
+
+def simsiam_by_loops(predictions, embeddings) -> float:
+    """SimSiam's equation 4: half of each direction's negative cosine."""
+    first = [-cosine(p, z) for p, z in zip(predictions[0], embeddings[1], strict=True)]
+    second = [-cosine(p, z) for p, z in zip(predictions[1], embeddings[0], strict=True)]
+    return sum(first) / len(first) / 2 + sum(second) / len(second) / 2
+
+
+def cross_correlation_by_loops(first, second) -> np.ndarray:
+    """Barlow Twins' equation 2 entry by entry; every dimension has mean 0 and biased variance 1, but for 1e-5."""
+    columns = []
+    for rows in (first, second):
+        standard = []
+        for column in np.asarray(rows, dtype=np.float64).T:
+            mean = sum(column) / len(column)
+            biased = sum((x - mean) ** 2 for x in column) / len(column)
+            standard.append([(x - mean) / math.sqrt(biased + 1e-5) for x in column])
+        columns.append(standard)
+    return np.array([[sum(x * y for x, y in zip(a, b, strict=True)) / len(a) for b in columns[1]] for a in columns[0]])
+
+
+def barlow_by_loops(first, second, redundancy) -> float:
+    """Barlow Twins' equation 1."""
+    matrix, total = cross_correlation_by_loops(first, second), 0.0
+    for i in range(len(matrix)):
+        for j in range(len(matrix)):
+            total += (1 - matrix[i, i]) ** 2 if i == j else redundancy * matrix[i, j] ** 2
+    return total
+
+
+def softmax_by_loops(scores) -> list[float]:
+    """exp(s_k) / sum exp(s)."""
+    powers = [math.exp(float(s) - float(max(scores))) for s in scores]
+    return [p / sum(powers) for p in powers]
+
+
+def distillation_by_loops(student, teacher) -> float:
+    """Mean over rows of -sum_k p_k ln softmax(s)_k, from scores (N, K) and probabilities (N, K)."""
+    rows = []
+    for scores, probabilities in zip(student, teacher, strict=True):
+        said = softmax_by_loops(scores)
+        rows.append(-sum(float(p) * math.log(q) for p, q in zip(probabilities, said, strict=True)))
+    return sum(rows) / len(rows)
+
+
+def dino_by_loops(students, teachers, centre, student_temperature, teacher_temperature) -> float:
+    """DINO's algorithm 1 from raw scores: students of all views (V, B, K), teachers of the first two (2, B, K)."""
+    pairs = []
+    for u, teacher in enumerate(teachers):
+        wanted = [softmax_by_loops((row - centre) / teacher_temperature) for row in teacher]
+        for v, student in enumerate(students):
+            if v != u:
+                pairs.append(distillation_by_loops(np.asarray(student) / student_temperature, wanted))
+    return sum(pairs) / len(pairs)

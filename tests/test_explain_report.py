@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from otcxr.attribution import ProbedEncoder, heat_map
-from otcxr.data.images import fit_square
+from otcxr.data.images import box_in_square, fit_square
 from otcxr.data.records import Box
 from otcxr.errors import DataError
-from otcxr.explain import _in_square, draw_heat_maps, draw_pair, explain_probe
+from otcxr.explain import draw_heat_maps, draw_pair, explain_probe
 from otcxr.nn.encoder import build_encoder, pool
 from otcxr.report import write_report
 from otcxr.runs import Run
@@ -102,7 +102,7 @@ def test_boxes_stay_on_what_they_mark_in_a_non_square_image():
     image[0, 10:40, 70:90] = 1
     size = 50
     shown = fit_square(image, size)[0].numpy()
-    x, y, width, height = (value * size for value in _in_square(box, 60, 100))
+    x, y, width, height = (value * size for value in box_in_square(box, 60, 100))
     rows, columns = np.nonzero(shown > 0.5)
     assert (rows.min(), rows.max() + 1) == pytest.approx((y, y + height), abs=1)
     assert (columns.min(), columns.max() + 1) == pytest.approx((x, x + width), abs=1)

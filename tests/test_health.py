@@ -524,7 +524,8 @@ GOOD_MATCH = {
 
 
 def test_good_numbers_are_healthy():
-    assert verdict(GOOD) == (True, "no collapse seen: effective rank 12.0 of 31, 60% of token variance within images")
+    text = "no collapse seen: effective rank 12.0 of 31, 60% of token variance within images"
+    assert verdict(GOOD) == (True, text, ())
     judged = verdict(GOOD_MATCH)
     assert judged.healthy
     assert judged.text.endswith("correspondence 0.70 (nearest neighbour 0.65, chance 0.20)")
@@ -822,3 +823,20 @@ def test_a_watch_goes_on_from_its_state(cut):
 def test_a_watch_refuses_negative_numbers(patience, after_step):
     with pytest.raises(ValueError, match=f"received {patience} and {after_step}"):
         Watch(patience, after_step)
+
+
+@pytest.mark.parametrize(
+    ("terms", "notes"),
+    [
+        ({"distillation": 6.93, "distillation_chance": 6.931}, ["distillation is at its chance level, 6.93"]),
+        ({"distillation": 6.8, "distillation_chance": 6.931}, []),
+        ({"a_b": 0.004, "a_b_chance": 0.0, "loss": 6.9}, ["a b is at its chance level, 0.00"]),
+        ({"prediction": -0.4, "prediction_chance": 0.0}, []),
+        ({"prediction_chance": 1.0}, []),
+    ],
+)
+def test_a_loss_at_its_chance_level_is_noted(terms, notes):
+    said = verdict(GOOD, terms)
+    assert said.healthy
+    assert list(said.notes) == notes
+    assert all(note in said.text for note in notes)

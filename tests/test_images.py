@@ -19,10 +19,9 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from conftest import encode_png
-from otcxr.data.images import border_valid, fit_square, is_dicom, load_image, load_radiograph, png_size
+from otcxr.data.images import border_valid, box_in_square, fit_square, is_dicom, load_image, load_radiograph, png_size
 from otcxr.data.records import Box
 from otcxr.errors import DataError
-from otcxr.explain import _in_square
 
 
 def noise(shape, low=20, high=230, dtype=np.uint8, seed=0):
@@ -678,7 +677,7 @@ def test_boxes_follow_the_picture_into_the_square(height, width, size):
     picture = torch.zeros(1, height, width)
     picture[0, y : y + h, x : x + w] = 1
     square = fit_square(picture, size)[0].double()
-    left, top, box_w, box_h = (size * v for v in _in_square(Box("f", x, y, w, h), height, width))
+    left, top, box_w, box_h = (size * v for v in box_in_square(Box("f", x, y, w, h), height, width))
     along_x, along_y = square.sum(0), square.sum(1)
     place = torch.arange(size).double() + 0.5
     tolerance = 0.06 if size <= max(height, width) else 0.3  # OpenCV's float32 sums; enlarging blurs the edge

@@ -22,9 +22,19 @@ from otcxr.data.geometry import ViewBatch
 from otcxr.errors import ConfigError, DataError
 from otcxr.health import observe, verdict
 from otcxr.methods import METHODS, Match
+from otcxr.methods.barlow import Barlow
 from otcxr.methods.base import encode_views, tokens_of
+from otcxr.methods.byol import BYOL
+from otcxr.methods.contrastive_ot import ContrastiveOT, ContrastiveOTSettings
+from otcxr.methods.densecl import DenseCL
+from otcxr.methods.dino import DINO
+from otcxr.methods.moco import MoCo
 from otcxr.methods.otcxr import OTCXR, OTCXRSettings
+from otcxr.methods.pcrlv2 import PCRLv2
 from otcxr.methods.simclr import SimCLR, SimCLRSettings
+from otcxr.methods.simsiam import SimSiam
+from otcxr.methods.vicreg import VICReg, VICRegSettings
+from otcxr.methods.vicregl import VICRegL
 from otcxr.nn.encoder import Architecture, Encoder, build_encoder
 from otcxr.ot import sinkhorn
 
@@ -51,14 +61,36 @@ VARIANTS = {
     "sharp": replace(EXPLICIT, objective="sharp"),
     "soft-marginals": replace(EXPLICIT, reach=0.5, centred_cost=True),
     "sharp-soft-marginals": replace(EXPLICIT, objective="sharp", reach=0.3),
+    "same-cell": replace(EXPLICIT, pairing="same-cell"),
+    "nearest": replace(EXPLICIT, pairing="nearest", mass="attention", mass_gradient=False, centred_cost=True),
+    "geometry": replace(EXPLICIT, pairing="geometry", infuse=True),
+    "literal": replace(EXPLICIT, infuse=True, objective="sharp", mass_weight=0.0, variance_rows=("tokens",)),
+    "geometry-uniform": replace(EXPLICIT, pairing="geometry", mass="uniform"),
 }
 CASES = {
     **{name: (method.build, method.settings) for name, method in METHODS.items()},
     **{f"otcxr:{name}": (OTCXR, settings) for name, settings in VARIANTS.items()},
     "simclr:cold": (SimCLR, SimCLRSettings(hidden=16, outputs=8, temperature=0.1)),
+    "vicreg:narrow": (VICReg, VICRegSettings(hidden=16, outputs=8, invariance=3.0, variance=2.0, covariance=0.5)),
 }
+POOLED = (SimCLR, VICReg, ContrastiveOT, MoCo, BYOL, SimSiam, Barlow, PCRLv2, DINO)  # methods that pair no positions
+ONE_SIDED = (MoCo, DenseCL)  # only the momentum copy sees the second view
 each_case = pytest.mark.parametrize("case", CASES)
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def of_transport(settings):
+    return getattr(settings, "pairing", "") == "transport"
+
+
+def of_fixed_pairs(settings):
+    """Pairs that no encoder decides."""
+    return getattr(settings, "pairing", "") in ("same-cell", "geometry")
+
+
+def pairs_of(method, batch, out):
+    """What was paired in this pass; where the health panel is not shown it, in another one."""
+    return out.observed.match or method.match(batch)
 
 
 class Stub(Encoder):
@@ -74,8 +106,8 @@ class Stub(Encoder):
     def forward(self, images):
         given = self.maps[self.calls % len(self.maps)]
         self.calls += 1
-        assert len(images) == len(given)
-        return (given,)
+        assert len(images) in (len(given), len(given) // 2)  # both views, or the first alone
+        return (given[: len(images)],)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -104,7 +136,7 @@ def views(batch=4, sizes=(64, 64), stride=16, seed=0, holes=True):
         whole = grid.repeat_interleave(stride, -1).repeat_interleave(stride, -2)
         valid.append(whole if holes else torch.ones_like(whole))
     geometry = torch.eye(3)[:2].expand(len(sizes), batch, 2, 3).clone()
-    return ViewBatch(tuple(pixels), geometry, tuple(valid))
+    return ViewBatch(tuple(pixels), geometry, tuple(valid), tuple(p.square() for p in pixels))
 
 
 def valid_tokens(batch, stride=16):
@@ -202,13 +234,15 @@ def test_looking_does_not_change_the_loss(case):
     observed = seen.observed
     assert observed.pooled.shape == (8, 64)
     assert observed.tokens.shape == (4, 16, 64)
+    method = CASES[case][0]
     with torch.no_grad():
-        maps = build(case).train().encoder(torch.cat(batch.views))
-    torch.testing.assert_close(observed.pooled, maps[-1].mean((-2, -1)))
-    torch.testing.assert_close(observed.tokens, maps[-1][:4].flatten(2).mT)
+        parts = batch.views if method in ONE_SIDED else [torch.cat(batch.views)]
+        last = torch.cat([build(case).train().encoder(part)[-1] for part in parts])
+    torch.testing.assert_close(observed.pooled, last.mean((-2, -1)))
+    torch.testing.assert_close(observed.tokens, last[:4].flatten(2).mT)
     parts = [observed.pooled, observed.tokens, *(observed.match or ())]
     assert not any(part.requires_grad for part in parts if part is not None)
-    assert (observed.match is None) == (CASES[case][0] is SimCLR)
+    assert (observed.match is None) == (CASES[case][0] in POOLED or of_fixed_pairs(CASES[case][1]))
 
 
 @each_case
@@ -216,18 +250,21 @@ def test_match_in_evaluation_is_what_the_loss_used(case):
     method = build(case).eval()
     batch = views()
     match = method.match(batch)
-    if CASES[case][0] is SimCLR:
+    if CASES[case][0] in POOLED:
         assert match is None
         return
-    seen = method(batch, observe=True).observed.match
     assert isinstance(match, Match)
-    for got, expected in zip(match, seen, strict=True):
+    assert not any(part.requires_grad for part in match if part is not None)
+    out = method(batch, observe=True)
+    for got, expected in zip(match, out.observed.match or (), strict=not of_fixed_pairs(CASES[case][1])):
         assert (got is None) == (expected is None)
         assert got is None or torch.equal(got, expected)
-        assert got is None or not got.requires_grad
+    if "alignment" in out.terms:
+        paid = (match.plan * match.cost).sum((-1, -2)).mean()
+        assert out.terms["alignment"].item() == pytest.approx(paid.item(), rel=1e-5)
     assert match.plan.shape == match.cost.shape == (4, 16, 16)
     assert (match.cost >= 0).all()
-    assert (match.cost <= 2).all()
+    assert (match.cost <= 2).all() or CASES[case][0] is VICRegL  # a distance, the others are cosines
     assert all(torch.equal(p, q) for p, q in zip(method.state_dict().values(), build(case).state_dict().values(),
                                                  strict=True))  # fmt: skip
 
@@ -248,6 +285,58 @@ def test_half_precision_gives_nearly_the_same_loss(case, scale):
     torch.testing.assert_close(rough.loss, exact.loss, rtol=0.02, atol=0.02)
 
 
+class SinglePrecision:
+    """A layer's ``forward`` with autocast off."""
+
+    def __init__(self, forward):
+        self.forward = forward
+
+    def __call__(self, *given):
+        with torch.autocast("cpu", enabled=False):
+            return self.forward(*given)
+
+
+def turned(batch, seed=0):
+    """The same views, each somewhere else in its image: crops, turned, some mirrored."""
+    angle, scale, left, top = torch.rand(4, *batch.geometry.shape[:2], generator=torch.Generator().manual_seed(seed))
+    angle, scale = (angle - 0.5) * 0.35, 0.55 + 0.45 * scale
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    mirrored = torch.where(left > 0.7, -1.0, 1.0)
+    x = (1 - scale) * left + torch.where(mirrored < 0, scale, 0.0)
+    rows = torch.stack((cos * mirrored, -sin, x, sin * mirrored, cos, (1 - scale) * top), dim=-1)
+    return batch._replace(geometry=rows.unflatten(-1, (2, 3)))
+
+
+@each_case
+@pytest.mark.parametrize("local", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nothing_but_layers_computes_in_half_precision(case, local, dtype):
+    """With the layers in single precision autocast must change no bit of loss and gradient.
+
+    So similarities, softmax, transport, geometry, variance and covariance are outside of its reach.
+    """
+    method = build(case).train()
+    batch = turned(views(batch=6, sizes=(64, 64) + (48,) * local))
+    found = []
+    for module in method.modules():
+        if not list(module.children()):
+            module.forward = SinglePrecision(module.forward)
+    for enabled in (False, True):
+        state = {name: value.clone() for name, value in method.state_dict().items()}
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            out = method(batch, observe=True)
+        found.append((out, gradients(method, out.loss)))
+        method.load_state_dict(state)
+    (exact, exact_gradients), (rough, rough_gradients) = found
+    assert torch.equal(rough.loss, exact.loss)
+    for name, term in exact.terms.items():
+        assert torch.equal(rough.terms[name], term), name
+    for name, gradient in exact_gradients.items():
+        assert gradient is None or torch.equal(rough_gradients[name], gradient), name
+    for name, part in (exact.observed.match or Match(*(None,) * 5))._asdict().items():
+        assert part is None or torch.equal(getattr(rough.observed.match, name), part), name
+
+
 @each_case
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.37])
 def test_an_encoder_that_always_says_the_same_is_called_collapsed(case, value):
@@ -264,6 +353,16 @@ def test_an_encoder_that_always_says_the_same_is_called_collapsed(case, value):
     assert judged.text.startswith("collapse: all images have nearly the same embedding")
     assert numbers["effective_rank"] == pytest.approx(1)
     assert all(g is None or g.isfinite().all() for g in gradients(module, out.loss).values())
+
+
+@pytest.mark.parametrize("case", ["otcxr", "otcxr-geometry", "densecl", "vicregl"])
+@pytest.mark.parametrize("view", [0, 1])
+def test_a_view_without_a_valid_token_is_refused_where_positions_are_paired(case, view):
+    method, batch = build(case).train(), views()
+    batch.valid[view][2] = False
+    name = ("first", "second")[view]
+    with pytest.raises(DataError, match=f"the {name} view of sample 2 of the batch has no valid token"):
+        method(batch)
 
 
 def test_views_of_one_size_are_encoded_together():
@@ -307,7 +406,203 @@ def test_simclr_settings(temperature):
         SimCLRSettings(hidden=16, outputs=8, temperature=temperature)
 
 
+# --- VICReg ----------------------------------------------------------------------------------------------------------
+
+
+def test_vicreg_is_its_formula():
+    maps = normal(12, 10, 4, 4, seed=5)
+    settings = VICRegSettings(hidden=16, outputs=8, invariance=3.0, variance=2.0, covariance=0.5)
+    method = seeded(lambda: VICReg(Stub(maps), settings)).double()
+    with torch.no_grad():
+        out = method(views(batch=6))
+        first, second = method.expander(maps.mean((-2, -1))).numpy().reshape(2, 6, 8)
+    invariance = np.mean([(x - y) ** 2 for x, y in zip(first, second, strict=True)])
+    hinge = (variance_by_loops(first) + variance_by_loops(second)) / 2
+    correlation = covariance_by_loops(first) + covariance_by_loops(second)
+    assert min(invariance, hinge, correlation) > 1e-3
+    assert out.terms["invariance"].item() == pytest.approx(invariance)
+    assert out.terms["variance"].item() == pytest.approx(hinge)
+    assert out.terms["covariance"].item() == pytest.approx(correlation)
+    assert out.loss.item() == pytest.approx(3.0 * invariance + 2.0 * hinge + 0.5 * correlation)
+
+
+def test_vicreg_of_a_constant_embedding_is_the_hinge_alone():
+    """By hand: no difference, no correlation, a hinge of 1 - sqrt(1e-4) = 0.99 for each view, weight 25."""
+    method = seeded(lambda: VICReg(Stub(torch.full((8, 10, 4, 4), 0.7)), VICRegSettings(hidden=16, outputs=8))).eval()
+    out = method(views())
+    assert out.loss.item() == pytest.approx(25 * 0.99, rel=1e-4)
+
+
+def test_the_expander_is_three_maps_deep_and_ends_bare():
+    method = seeded(lambda: VICReg(Stub(normal(8, 10, 4, 4)), VICRegSettings(hidden=16, outputs=8)))
+    kinds = [type(layer).__name__ for layer in method.expander]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert method.expander[-1].bias is None
+
+
+@pytest.mark.parametrize("changes", [{"hidden": 0}, {"outputs": 0}, {"variance": -1.0}])
+def test_vicreg_settings(changes):
+    with pytest.raises(ConfigError, match="received"):
+        VICRegSettings(**changes)
+
+
+# --- contrastive-ot --------------------------------------------------------------------------------------------------
+
+NAIVE = ContrastiveOTSettings(hidden=16, outputs=8, temperature=0.3, epsilon=0.1, tolerance=1e-9, max_iterations=3000)
+
+
+def test_contrastive_ot_is_its_formula():
+    maps = normal(12, 10, 4, 4, seed=5)
+    method = seeded(lambda: ContrastiveOT(Stub(maps), NAIVE)).double().train()
+    batch = views(batch=6)
+    with torch.no_grad():
+        out = method(batch)
+        logits = method.head(maps.mean((-2, -1))).numpy().reshape(2, 6, 8)
+    probits = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    cost = cosine_cost_by_loops(*probits)
+    uniform = np.full(6, 1 / 6)
+    value = sinkhorn_by_newton(cost, uniform, uniform, 0.1, None).value
+    contrastive = nt_xent_by_loops(torch.tensor(logits[0]), torch.tensor(logits[1]), 0.3)
+    assert out.terms["transport"].item() == pytest.approx(value, rel=1e-6)
+    assert out.terms["transport_chance"].item() == pytest.approx(cost.mean(), rel=1e-6)
+    assert out.terms["contrastive"].item() == pytest.approx(contrastive, rel=1e-8)
+    assert out.terms["weight"].item() == pytest.approx(contrastive / value, rel=1e-6)
+    assert out.loss.item() == pytest.approx(2 * contrastive, rel=1e-6)  # both terms start equal
+
+
+def test_contrastive_ot_fixes_its_weight_in_the_first_step_of_a_training():
+    method = build("contrastive-ot").eval()
+    assert float(method(views()).terms["weight"]) == 0.0  # looked at before it is trained
+    method.train()
+    first = float(method(views()).terms["weight"])
+    assert first > 0
+    with torch.no_grad():
+        method.head[0].weight.mul_(-3)
+    assert float(method(views(seed=5)).terms["weight"]) == first
+    other = build("contrastive-ot", seed=4).train()
+    other.load_state_dict(method.state_dict())
+    assert float(other(views()).terms["weight"]) == first
+
+
+def test_contrastive_ot_trains_through_both_terms():
+    method = build("contrastive-ot").train()
+    method(views())
+    out = method(views(seed=3))
+    whole = {name: g.clone() for name, g in gradients(method, out.loss).items()}
+    with torch.no_grad():
+        method.weight.fill_(1e-12)
+    alone = gradients(method, method(views(seed=3)).loss)
+    assert any((whole[name] - g).abs().max() > 1e-4 * g.abs().max() for name, g in alone.items())
+
+
+@pytest.mark.parametrize("changes", [{"outputs": 1}, {"temperature": 0.0}, {"epsilon": -1.0}, {"max_iterations": 0}])
+def test_contrastive_ot_settings(changes):
+    with pytest.raises(ConfigError, match="received"):
+        ContrastiveOTSettings(**changes)
+
+
+# --- controls: other pairs at the same cost ------------------------------------------------------------------------
+
+
+def test_true_pairs_follow_flips_turns_and_crops():
+    """T5: the geometry control pairs what the other view really shows, and nothing that it does not show."""
+    settings = replace(VARIANTS["geometry-uniform"], outputs=8)
+    method = stubbed(settings).train()
+    batch = views(holes=True)
+    angle = math.radians(12)
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    middle = torch.tensor([0.5, 0.5])
+    geometry = batch.geometry.clone()
+    geometry[0, 0] = torch.tensor([[-1.0, 0, 1], [0, 1, 0]])  # a mirror image
+    geometry[1, 1] = torch.tensor([[0.5, 0, 0.4], [0, 0.6, 0.1]])  # a crop
+    geometry[0, 2] = torch.cat((0.8 * turn, (middle - 0.8 * turn @ middle)[:, None]), dim=1)
+    geometry[0, 3] = torch.tensor([[0.3, 0, 0.0], [0, 0.3, 0.0]])  # no common place at all
+    geometry[1, 3] = torch.tensor([[0.3, 0, 0.7], [0, 0.3, 0.7]])
+    batch = batch._replace(geometry=geometry)
+    with torch.no_grad():
+        match = method.match(batch)
+    _, _, plans, terms = slow_otcxr_with_empty(method, batch)
+    close(match.plan, plans, atol=1e-9)
+    assert match.plan[3].sum() == 0
+    assert match.plan[:3].sum((-1, -2)).tolist() == pytest.approx([1.0, 1.0, 1.0])
+    mirrored = match.plan[0].nonzero()
+    assert len(mirrored)
+    assert all(i // 4 == j // 4 and i % 4 + j % 4 == 3 for i, j in mirrored.tolist())
+    with torch.no_grad():
+        out = method(batch)
+    assert out.terms["alignment"].item() == pytest.approx(terms["alignment"])
+
+
+def slow_otcxr_with_empty(method, batch):
+    with np.errstate(invalid="ignore"):
+        return slow_otcxr(method, batch)
+
+
+def test_the_same_place_in_grids_of_different_size():
+    from otcxr.methods.otcxr import _same_place
+
+    assert _same_place((2, 2), (4, 4), None).tolist() == [5, 7, 13, 15]
+    assert _same_place((4, 4), (2, 2), None).tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+    assert _same_place((3, 2), (3, 2), None).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("pairing", ["same-cell", "nearest", "geometry"])
+def test_views_of_different_size_have_pairs(pairing):
+    settings = replace(EXPLICIT, pairing=pairing)
+    maps = normal(4, 12, 4, 4, seed=1), normal(4, 12, 3, 3, seed=2)
+    method = stubbed(settings, maps).train()
+    batch = views(sizes=(64, 48))
+    out = method(batch, observe=True)
+    assert out.loss.isfinite()
+    assert pairs_of(method, batch, out).plan.shape == (4, 16, 9)
+    out.loss.backward()
+
+
+@pytest.mark.parametrize("pairing", ["same-cell", "nearest", "geometry"])
+def test_controls_train_the_masses_too(pairing):
+    method = stubbed(replace(EXPLICIT, pairing=pairing, mass_weight=0.0, beta=0.0, eta=0.0, global_weight=0.0)).train()
+    grads = gradients(method, method(views()).loss)
+    assert alive(grads["score.1.weight"])
+
+
+def test_an_unknown_pairing_is_refused():
+    with pytest.raises(ConfigError, match="must be one of transport, same-cell, nearest, geometry, received 'pixel'"):
+        replace(EXPLICIT, pairing="pixel")
+
+
 # --- OTCXR against its formulas --------------------------------------------------------------------------------------
+
+
+def pairs_by_loops(method, batch, i, cost, a, b, valid):
+    """The plan of a control for image i, position by position; grids are 4 x 4."""
+    plan = np.zeros_like(cost)
+    for v, masses in ((0, a), (1, b)):
+        found = {}
+        for here in range(len(masses)):
+            if not valid[v][i, here]:
+                continue
+            costs = cost[here] if v == 0 else cost[:, here]
+            if method.settings.pairing == "same-cell":
+                there = here
+            elif method.settings.pairing == "nearest":
+                there = min((j for j in range(len(costs)) if valid[1 - v][i, j]), key=lambda j: costs[j])
+            else:
+                row, column = divmod(here, 4)
+                first = method.encoder.first_centre
+                middle = np.array([(column + first) / 4, (row + first) / 4])
+                maps = batch.geometry[:, i].double().numpy()
+                place = np.linalg.solve(maps[1 - v][:, :2], maps[v][:, :2] @ middle + maps[v][:, 2] - maps[1 - v][:, 2])
+                if not ((place >= 0) & (place < 1)).all():
+                    continue
+                nearest = np.clip(np.floor(place * 4 + 0.5 - first), 0, 3)
+                there = int(nearest[1] * 4 + nearest[0])
+            if valid[1 - v][i, there]:
+                found[here] = there
+        total = sum(masses[here] for here in found)
+        for here, there in found.items():
+            at = (here, there) if v == 0 else (there, here)
+            plan[at] += masses[here] / total / 2
+    return plan
 
 
 @torch.no_grad()
@@ -339,12 +634,21 @@ def slow_otcxr(method, batch):
     centre = np.concatenate(rows).mean(0) if s.centred_cost else 0.0
     costs = [cosine_cost_by_loops(x - centre, y - centre) for x, y in zip(*q, strict=True)]
     problems = list(zip(costs, *masses, strict=True))
-    solved = [sinkhorn_by_newton(c, a, b, s.epsilon, s.reach) for c, a, b in problems]
-    values = [
-        x.value if s.objective == "value" else sharp_value(x, c, a, b, s.reach)
-        for x, (c, a, b) in zip(solved, problems, strict=True)
-    ]
-    terms = {"transport": np.mean(values), "variance": 0.0, "covariance": 0.0}
+    if s.pairing == "transport":
+        solved = [sinkhorn_by_newton(c, a, b, s.epsilon, s.reach) for c, a, b in problems]
+        plans = [x.plan for x in solved]
+        values = [
+            x.value if s.objective == "value" else sharp_value(x, c, a, b, s.reach)
+            for x, (c, a, b) in zip(solved, problems, strict=True)
+        ]
+    else:
+        plans = [pairs_by_loops(method, batch, i, *problem, valid) for i, problem in enumerate(problems)]
+        values = [(plan * c).sum() for plan, (c, _, _) in zip(plans, problems, strict=True)]
+    terms = {
+        "transport" if s.pairing == "transport" else "alignment": np.mean(values),
+        "variance": 0.0,
+        "covariance": 0.0,
+    }
     for v in (0, 1):
         means = np.stack([x[keep].mean(0) for x, keep in zip(q[v], valid[v], strict=True)])
         at = [q[v][valid[v][:, j], j] for j in range(q[v].shape[1])]
@@ -374,7 +678,7 @@ def slow_otcxr(method, batch):
             for mass, keep in zip(masses[v], valid[v], strict=True)
         ]
         terms["mass"] = np.mean(short)
-    return masses, costs, [x.plan for x in solved], terms
+    return masses, costs, plans, terms
 
 
 @each_variant
@@ -386,18 +690,21 @@ def test_every_term_is_its_formula(variant, holes):
     with torch.no_grad():
         out = method(batch, observe=True)
     masses, costs, plans, terms = slow_otcxr(method, batch)
-    match = out.observed.match
+    match = pairs_of(method, batch, out)
     for got, expected in [(match.a, masses[0]), (match.b, masses[1]), (match.cost, costs), (match.plan, plans)]:
         close(got, expected, atol=1e-7)
-    assert set(out.terms) == {*terms, "residual", "iterations", "transport_chance"}
+    name = "transport" if settings.pairing == "transport" else "alignment"
+    of_solver = {"residual", "iterations"} if settings.pairing == "transport" else set()
+    assert set(out.terms) == {*terms, *of_solver, f"{name}_chance"}
     # nothing matched: the mean cost under the product of the masses
     chance = np.mean([a @ c @ b for a, b, c in zip(*masses, costs, strict=True)])
-    assert out.terms["transport_chance"].item() == pytest.approx(chance, rel=1e-6)
-    assert 1 <= out.terms["iterations"].item() <= settings.max_iterations
-    for name, expected in terms.items():
-        assert out.terms[name].item() == pytest.approx(expected, rel=1e-6, abs=1e-9), name
+    assert out.terms[f"{name}_chance"].item() == pytest.approx(chance, rel=1e-6)
+    if of_solver:
+        assert 1 <= out.terms["iterations"].item() <= settings.max_iterations
+    for term, expected in terms.items():
+        assert out.terms[term].item() == pytest.approx(expected, rel=1e-6, abs=1e-9), term
     s = settings
-    loss = s.alpha * terms["transport"] + s.beta * terms["variance"] + s.eta * terms["covariance"]
+    loss = s.alpha * terms[name] + s.beta * terms["variance"] + s.eta * terms["covariance"]
     if s.global_weight:
         loss += s.global_weight * (
             s.alpha * terms["global"] + s.beta * terms["global_variance"] + s.eta * terms["global_covariance"]
@@ -414,14 +721,15 @@ def test_terms_add_up_to_the_loss(variant):
     s = VARIANTS[variant]
     out = build(f"otcxr:{variant}").train()(views())
     t = {name: float(term) for name, term in out.terms.items()}
-    loss = s.alpha * t["transport"] + s.beta * t["variance"] + s.eta * t["covariance"]
+    aligned = t["transport" if s.pairing == "transport" else "alignment"]
+    loss = s.alpha * aligned + s.beta * t["variance"] + s.eta * t["covariance"]
     if s.global_weight:
         loss += s.global_weight * (s.alpha * t["global"] + s.beta * t["global_variance"]
                                    + s.eta * t["global_covariance"])  # fmt: skip
     assert out.loss.item() == pytest.approx(loss + s.mass_weight * t.get("mass", 0.0), rel=1e-5)
 
 
-@pytest.mark.parametrize("case", [name for name, (method, _) in CASES.items() if method is OTCXR])
+@pytest.mark.parametrize("case", [name for name, (_, settings) in CASES.items() if of_transport(settings)])
 def test_transport_term_is_the_mean_of_values_solved_again(case):
     method = build(case).train()
     out = method(views(), observe=True)
@@ -559,10 +867,10 @@ def test_content_at_absent_positions_does_not_matter(variant):
         assert same.terms[name].item() == pytest.approx(term.item(), rel=1e-9, abs=1e-12), name
     assert same.loss.item() == pytest.approx(out.loss.item(), rel=1e-10)
     for name in ("a", "b", "plan"):
-        close(getattr(same.observed.match, name), getattr(out.observed.match, name), atol=1e-10)
+        close(getattr(pairs_of(two, batch, same), name), getattr(pairs_of(one, batch, out), name), atol=1e-10)
     pairs = valid[0].unsqueeze(-1) & valid[1].unsqueeze(1)
-    close(same.observed.match.cost[pairs], out.observed.match.cost[pairs], atol=1e-10)
-    plan = same.observed.match.plan
+    close(pairs_of(two, batch, same).cost[pairs], pairs_of(one, batch, out).cost[pairs], atol=1e-10)
+    plan = pairs_of(two, batch, same).plan
     assert (plan[~pairs] == 0).all()
     grad = gradients(two, same.loss)["encoder.maps.0"]
     absent = ~torch.cat(valid).reshape(8, 1, 4, 4).expand_as(grad)
@@ -575,7 +883,8 @@ def test_a_batch_with_holes_equals_its_images_one_by_one(variant):
     maps = [normal(4, 12, 6, 6, seed=1), normal(4, 12, 4, 4, seed=2)]
     batch = views(sizes=(96, 64))
     method = stubbed(settings, maps).eval()
-    whole, transport = method.match(batch), method(batch).terms["transport"]
+    term = "transport" if of_transport(settings) else "alignment"
+    whole, transport = method.match(batch), method(batch).terms[term]
     values = []
     for i in range(4):
         alone = stubbed(settings, [m[i : i + 1] for m in maps]).eval()
@@ -583,9 +892,9 @@ def test_a_batch_with_holes_equals_its_images_one_by_one(variant):
         part = alone.match(one_image(batch, i))
         for name in ("cost", "a", "b", "plan"):
             close(getattr(part, name)[0], getattr(whole, name)[i], atol=1e-9)
-        values.append(sinkhorn(part.cost, part.a, part.b, epsilon=settings.epsilon, tolerance=1e-9,
-                               objective=settings.objective, reach=settings.reach,
-                               max_iterations=3000).value.item())  # fmt: skip
+        again = sinkhorn(part.cost, part.a, part.b, epsilon=settings.epsilon, tolerance=1e-9,
+                         objective=settings.objective, reach=settings.reach, max_iterations=3000)  # fmt: skip
+        values.append((again.value if of_transport(settings) else (part.plan * part.cost).sum()).item())
     assert transport.item() == pytest.approx(np.mean(values), rel=1e-9)
 
 
@@ -595,7 +904,7 @@ def test_views_may_differ_in_size(variant):
     batch = views(sizes=(96, 64))
     out = method(batch, observe=True)
     assert out.loss.isfinite()
-    match = out.observed.match
+    match = pairs_of(method, batch, out)
     assert match.plan.shape == (4, 36, 16)
     assert match.a.shape == (4, 36)
     assert match.b.shape == (4, 16)
@@ -620,9 +929,10 @@ def test_a_single_valid_token_takes_all_the_mass(variant):
     for v in (0, 1):
         batch.valid[v][1] = False
         batch.valid[v][1, :, 16:32, 32:48] = True  # token 6
-    out = stubbed(VARIANTS[variant])(batch, observe=True)
+    method = stubbed(VARIANTS[variant])
+    out = method(batch, observe=True)
     assert out.loss.isfinite()
-    match, reach = out.observed.match, VARIANTS[variant].reach
+    match, reach = pairs_of(method, batch, out), VARIANTS[variant].reach
     # one point on each side: f = g, P = exp(-f / reach) = exp((2 f - C) / epsilon)
     moved = 1.0 if reach is None else math.exp(-match.cost[1, 6, 6].item() / (2 * reach + 0.1))
     assert match.plan[1, 6, 6].item() == pytest.approx(moved, rel=1e-5)
@@ -661,11 +971,12 @@ def test_the_global_term_does_not_overflow_in_half_precision():
         ({"floor": -0.1}, "method.floor must be in .* received -0.1"),
         ({"mass_area": 0.0}, r"method.mass_area in \(0, 1\], received 0.1 and 0.0"),
         ({"mass_area": 1.5}, r"method.mass_area in \(0, 1\], received 0.1 and 1.5"),
-        ({"temperature": 0.0}, "method.temperature, .* must be > 0"),
-        ({"epsilon": 0.0}, "epsilon .* must be > 0"),
-        ({"epsilon": -1.0}, "epsilon .* must be > 0"),
-        ({"tolerance": 0.0}, "tolerance must be > 0"),
-        ({"max_iterations": 0}, "max_iterations >= 1"),
+        ({"temperature": 0.0}, "method.temperature must be > 0, received 0.0"),
+        ({"epsilon": 0.0}, "method.epsilon must be > 0, received 0.0"),
+        ({"epsilon": math.nan}, "method.epsilon must be > 0, received nan"),
+        ({"tolerance": -1.0}, "method.tolerance must be > 0, received -1.0"),
+        ({"alpha": math.nan}, "method.alpha must be at least 0, received nan"),
+        ({"max_iterations": 0}, "method.max_iterations must be at least 1, received 0"),
         ({"objective": "plan"}, "method.objective must be 'value' or 'sharp', received 'plan'"),
         ({"reach": 0.0}, "method.reach must be > 0, or null for exact marginals; received 0.0"),
     ],

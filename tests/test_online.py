@@ -488,11 +488,11 @@ def test_numbers_are_those_of_evaluation(phantoms, probe, encoder):
     linear = fit_probe(fit, labels, patients[0], phantoms.findings, strengths=(0.01,), folds=2, seed=0)
     for kind, scores in (("knn", knn_scores(fit, labels, judged)), ("linear", linear.score(judged))):
         table = evaluate_scores(truth, scores, patients[1], phantoms.findings, resamples=200, seed=0)
-        assert result[kind]["auroc"]["value"] == table.macro.auroc.value
-        assert (result[kind]["auroc"]["low"], result[kind]["auroc"]["high"]) == table.macro.auroc[1:3]
+        assert result[kind]["auroc"]["value"] == table.macro.measures["auroc"].value
+        assert (result[kind]["auroc"]["low"], result[kind]["auroc"]["high"]) == table.macro.measures["auroc"][1:3]
         for row in table.findings:
-            assert result[kind]["findings"][row.finding]["auroc"]["value"] == row.auroc.value
-    assert result["findings"] == ["Nodule", "Effusion"]
+            assert result[kind]["findings"][row.finding]["auroc"]["value"] == row.measures["auroc"].value
+    assert result["findings"] == list(phantoms.findings)
     assert (result["images_fit"], result["images_judged"]) == (len(fit), len(judged))
     assert (result["patients_fit"], result["patients_judged"]) == (len(set(patients[0])), len(set(patients[1])))
     assert result["judged_on"] == "val"

@@ -541,6 +541,7 @@ def held(loss, inputs, **options):
         return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
     leaves = [x.clone().requires_grad_() for x in inputs]
+    gc.collect()  # what earlier tests left would be counted before and not after
     before = living()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         result = loss(sinkhorn(*leaves, **options))

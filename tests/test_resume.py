@@ -54,7 +54,7 @@ def small(out, method="simclr", *, source="phantom:64,seed=7,size=32", workers=0
         data=DataConfig(source=source, workers=workers),
         method=method,
         settings=small_settings(method) if settings is None else settings,
-        views=ViewsConfig(size=32),
+        views=ViewsConfig(**{**METHODS[method].views, "size": 32}),  # with the local views that the method is made for
         encoder=EncoderConfig(width=4),
         train=TrainConfig(**{**values, **train}),
         out=str(out),
@@ -201,11 +201,12 @@ def outside(monkeypatch):
     """The method in the table, and every instance that the training has built."""
     built = []
 
-    def build(encoder, settings):
-        built.append(Outside(encoder, settings))
-        return built[-1]
+    class Noted(Outside):
+        def __init__(self, encoder, settings):
+            super().__init__(encoder, settings)
+            built.append(self)
 
-    monkeypatch.setitem(METHODS, "outside", Method(build, OutsideSettings()))
+    monkeypatch.setitem(METHODS, "outside", Method(Noted, OutsideSettings()))
     return built
 
 

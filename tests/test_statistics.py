@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from oracles import auroc_by_pairs, average_precision_by_steps, holm_by_closed_testing
 from otcxr.errors import ConfigError, DataError
-from otcxr.evaluation import metrics, statistics
+from otcxr.evaluation import decisions, metrics, resampling, statistics
 from otcxr.evaluation.metrics import assessed, auroc, average_precision, prevalence
 from otcxr.evaluation.statistics import (
     BootstrapSettings,
@@ -232,7 +232,7 @@ def test_patient_weights_depend_on_seed_and_patients_only(monkeypatch):
     np.testing.assert_array_equal(patient_weights(list(patients), 50, seed=3), weights)
     order = np.array([5, 3, 1, 0, 2, 4])
     np.testing.assert_array_equal(patient_weights(patients[order], 50, seed=3), weights[:, order])
-    monkeypatch.setattr(statistics, "_BLOCK_BYTES", 2 * 6 * 7)
+    monkeypatch.setattr(resampling, "_BLOCK_BYTES", 2 * 6 * 7)
     np.testing.assert_array_equal(patient_weights(patients, 50, seed=3), weights)
 
 
@@ -245,7 +245,9 @@ def test_interval_is_that_of_physically_drawn_patients():
         draws.append(roc_auc_score(labels[images, 0], scores[images, 0]))
     assert estimate.value == pytest.approx(roc_auc_score(labels[:, 0], scores[:, 0]))
     assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(draws, [0.05, 0.95])))
-    assert estimate[3:] == (120, int(labels.sum()), 30, "", 200, estimate.caution)
+    assert estimate[3:8] == (120, int(labels.sum()), 30, "", 200)
+    assert estimate.standard_error == pytest.approx(np.std(draws, ddof=1))
+    assert (estimate.seeds, estimate.seed_deviation) == (1, None)
 
 
 def test_interval_is_deterministic_and_blocks_do_not_matter(monkeypatch):
@@ -253,7 +255,7 @@ def test_interval_is_deterministic_and_blocks_do_not_matter(monkeypatch):
     once = bootstrap_metric(auroc, labels[:, 0], scores[:, 0], patients, resamples=100)
     assert bootstrap_metric(auroc, labels[:, 0], scores[:, 0], patients, resamples=100) == once
     assert bootstrap_metric(auroc, labels[:, 0], scores[:, 0], patients, resamples=100, seed=1).low != once.low
-    monkeypatch.setattr(statistics, "_BLOCK_BYTES", 2 * len(labels) * 7)
+    monkeypatch.setattr(resampling, "_BLOCK_BYTES", 2 * len(labels) * 7)
     assert bootstrap_metric(auroc, labels[:, 0], scores[:, 0], patients, resamples=100) == once
     wide = bootstrap_metric(auroc, labels[:, 0], scores[:, 0], patients, resamples=100, level=0.99)
     assert wide.low < once.low < once.value < once.high < wide.high
@@ -361,7 +363,7 @@ def test_paired_comparison_keeps_its_level_and_sees_what_single_intervals_miss()
             result = compare_scores(
                 labels[:, None], a[:, None], b[:, None], patients, ["X"], resamples=300, seed=repeat
             )
-            row = result.findings[0].auroc
+            row = result.findings[0].measures["auroc"]
             found[better] += row.difference.excludes_zero
             overlap += better > 0 and row.b.high > row.a.low
     # Nominal 5 % under no difference (5.4 % in 3000 repeats); the standard error of 400 is 1.1 percentage points.
@@ -387,7 +389,7 @@ def test_table_equals_one_finding_at_a_time_with_labels_missing_per_finding():
         assert row.counts.positive_patients + row.counts.negative_patients == row.counts.patients
         assert row.counts.prevalence == pytest.approx(labels[known, f].mean())
         for measure in (auroc, average_precision):
-            estimate = getattr(row, measure.__name__)
+            estimate = row.measures[measure.__name__]
             alone = bootstrap_metric(measure, labels[:, f], scores[:, f], patients, resamples=80, seed=2)
             assert estimate == alone
             assert estimate.value == pytest.approx(measure(labels[known, f], scores[known, f]))
@@ -407,11 +409,11 @@ def test_macro_is_the_mean_over_estimable_findings_with_the_same_resamples():
     labels[:40, 0] = np.nan
     names = [*NAMES, "Rare"]
     result = evaluate_scores(labels, scores, patients, names, resamples=120, seed=4)
-    assert result.findings[3].auroc.note == "not estimable: 2 positive patients, at least 5 needed"
+    assert result.findings[3].measures["auroc"].note == "not estimable: 2 positive patients, at least 5 needed"
     assert result.macro.findings == tuple(NAMES)
     weights = patient_weights(patients, 120, 4)
     for measure in (auroc, average_precision):
-        macro = getattr(result.macro, measure.__name__)
+        macro = result.macro.measures[measure.__name__]
         draws = np.mean([measure(labels[:, f], scores[:, f], weights) for f in range(3)], axis=0)
         assert macro.value == pytest.approx(np.mean([measure(labels[:, f], scores[:, f]) for f in range(3)]))
         assert (macro.low, macro.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
@@ -421,16 +423,18 @@ def test_macro_is_the_mean_over_estimable_findings_with_the_same_resamples():
 def test_macro_keeps_the_correlation_between_findings():
     labels, scores, patients = table(findings=1)
     result = evaluate_scores(np.tile(labels, 3), np.tile(scores, 3), patients, NAMES, resamples=100)
-    one = result.findings[0].auroc
+    one = result.findings[0].measures["auroc"]
     # Three times the same finding is as uncertain as once; independent resamples would shrink it by sqrt(3).
-    assert (result.macro.auroc.low, result.macro.auroc.high) == pytest.approx((one.low, one.high))
+    assert (result.macro.measures["auroc"].low, result.macro.measures["auroc"].high) == pytest.approx(
+        (one.low, one.high)
+    )
 
 
 def test_macro_of_nothing():
     labels, scores, patients = table(images=40)
     result = evaluate_scores(labels * 0, scores, patients, NAMES, resamples=10)
     assert result.macro.findings == ()
-    assert result.macro.auroc.note == "not estimable: none of 3 findings is estimable"
+    assert result.macro.measures["auroc"].note == "not estimable: none of 3 findings is estimable"
     json.dumps(as_json(result), allow_nan=False)
 
 
@@ -444,15 +448,15 @@ def test_macro_leaves_out_resamples_in_which_a_finding_is_undefined():
     missed = [(weights[:, labels[:, f] == 1].sum(axis=1) == 0) for f in range(2)]
     assert 0 < missed[0].sum() <= 20  # else the seed makes this test empty
     assert 0 < missed[1].sum() <= 20
-    assert [row.auroc.resamples for row in result.findings] == [2000 - m.sum() for m in missed]
-    assert result.macro.auroc.resamples == 2000 - (missed[0] | missed[1]).sum()
+    assert [row.measures["auroc"].resamples for row in result.findings] == [2000 - m.sum() for m in missed]
+    assert result.macro.measures["auroc"].resamples == 2000 - (missed[0] | missed[1]).sum()
 
 
 def test_comparison_with_itself_is_zero():
     labels, scores, patients = table()
     result = compare_scores(labels, scores, 3 * scores - 1, patients, NAMES, resamples=60)
     for row in (*result.findings, result.macro):
-        for measure in (row.auroc, row.average_precision):
+        for measure in row.measures.values():
             assert measure.a == measure.b
             assert measure.difference.estimate[:3] == (0, 0, 0)
             assert measure.difference.p_value == 1
@@ -479,9 +483,9 @@ def test_comparison_is_paired_antisymmetric_and_agrees_with_single_tables():
         rows = [*range(3), None]
         for f in rows:
             of = (lambda result, f=f: result.macro) if f is None else (lambda result, f=f: result.findings[f])
-            one, other = getattr(of(forth), name), getattr(of(back), name)
-            assert one.a == other.b == getattr(of(table_a), name)
-            assert one.b == other.a == getattr(of(table_b), name)
+            one, other = of(forth).measures[name], of(back).measures[name]
+            assert one.a == other.b == of(table_a).measures[name]
+            assert one.b == other.a == of(table_b).measures[name]
             d, e = one.difference, other.difference
             drawn = draws.mean(axis=0) if f is None else draws[f]
             assert d.estimate.value == pytest.approx(one.a.value - one.b.value)
@@ -493,11 +497,11 @@ def test_comparison_is_paired_antisymmetric_and_agrees_with_single_tables():
             assert d.p_value == e.p_value == bootstrap_p_value(drawn)
             assert d.excludes_zero == e.excludes_zero == (ends[0] > 0 or ends[1] < 0)
             seen.add(d.excludes_zero)
-        p = [getattr(row, name).difference.p_value for row in forth.findings]
-        assert [getattr(row, name).difference.p_holm for row in forth.findings] == pytest.approx(
+        p = [row.measures[name].difference.p_value for row in forth.findings]
+        assert [row.measures[name].difference.p_holm for row in forth.findings] == pytest.approx(
             holm_by_closed_testing(p)
         )
-        assert getattr(forth.macro, name).difference.p_holm is None
+        assert forth.macro.measures[name].difference.p_holm is None
     assert seen == {True, False}
 
 
@@ -505,12 +509,12 @@ def test_comparison_of_a_finding_that_is_not_estimable():
     labels, scores, patients = table()
     labels[:, 1] = 0
     result = compare_scores(labels, scores, -scores, patients, NAMES, resamples=30)
-    difference = result.findings[1].auroc.difference
+    difference = result.findings[1].measures["auroc"].difference
     assert (difference.p_value, difference.p_holm, difference.excludes_zero) == (None, None, False)
     assert difference.estimate.note == "not estimable: 0 positive patients, at least 5 needed"
     assert result.macro.findings == ("Nodule", "Hernia")
     # Holm corrects over the two that are left.
-    assert result.findings[0].auroc.difference.p_holm == pytest.approx(2 * 2 / 31)
+    assert result.findings[0].measures["auroc"].difference.p_holm == pytest.approx(2 * 2 / 31)
     json.dumps(as_json(result), allow_nan=False)
 
 
@@ -535,15 +539,16 @@ def test_json_shape():
     labels, scores, patients = table()
     labels[:, 2] = np.nan
     counts = {"n", "positives", "patients", "positive_patients", "negative_patients", "prevalence"}
-    interval = {"value", "low", "high", "note", "resamples", "caution"}
+    interval = {"value", "low", "high", "note", "resamples", "caution", "standard_error", "seeds", "seed_deviation"}
+    measures = {"auroc", "average_precision", "sensitivity_at_specificity"}
     made = as_json(evaluate_scores(labels, scores, patients, NAMES, resamples=20, seed=3, level=0.9))
     assert json.loads(json.dumps(made, allow_nan=False)) == made
     assert made.keys() == {"findings", "macro", "intervals"}
     assert list(made["findings"]) == NAMES
-    assert made["findings"]["Nodule"].keys() == counts | {"auroc", "average_precision"}
+    assert made["findings"]["Nodule"].keys() == counts | measures
     assert made["findings"]["Nodule"]["auroc"].keys() == interval
     assert made["findings"]["Hernia"]["prevalence"] is None
-    assert made["macro"].keys() == {"findings", "n", "positives", "patients", "auroc", "average_precision"}
+    assert made["macro"].keys() == {"findings", "n", "positives", "patients"} | measures
     assert made["macro"]["findings"] == ["Nodule", "Effusion"]
     assert made["intervals"] == {
         "method": "patient bootstrap, percentile",
@@ -557,7 +562,12 @@ def test_json_shape():
     assert json.loads(json.dumps(made, allow_nan=False)) == made
     assert made["findings"]["Nodule"]["auroc"].keys() == {"a", "b", "difference"}
     assert made["findings"]["Nodule"]["auroc"]["a"].keys() == interval
-    assert made["macro"]["auroc"]["difference"].keys() == interval | {"p_value", "p_holm", "excludes_zero"}
+    assert made["macro"]["auroc"]["difference"].keys() == interval | {
+        "p_value",
+        "p_holm",
+        "excludes_zero",
+        "detectable",
+    }
     assert made["macro"]["auroc"]["difference"]["excludes_zero"] is True
 
 
@@ -621,20 +631,21 @@ def test_defaults_are_the_settings():
     assert compare_scores(labels, scores, scores, patients, ["X"]).settings == BootstrapSettings(2000, 0, 0.95, 5, 5)
 
 
-@pytest.mark.parametrize("module", [metrics, statistics])
+@pytest.mark.parametrize("module", [metrics, decisions, resampling, statistics])
 def test_modules_need_numpy_only(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     others = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
     assert others <= {
-            "numpy", "numpy.typing", "otcxr.errors", "otcxr.evaluation.metrics", "otcxr.evaluation.estimates"
+            "numpy", "numpy.typing", "scipy.special", "otcxr.errors", "otcxr.evaluation",
+            *(f"otcxr.evaluation.{name}" for name in ("metrics", "estimates", "resampling")),
         }  # fmt: skip
 
 
 def test_degenerate_tables_give_no_warning():  # warnings are errors in this project's tests
     labels, scores, patients = table()
     empty = evaluate_scores(labels * np.nan, scores * np.nan, patients, NAMES, resamples=5)
-    assert [row.auroc.note for row in empty.findings] == ["not estimable: no image is assessed"] * 3
+    assert [row.measures["auroc"].note for row in empty.findings] == ["not estimable: no image is assessed"] * 3
     constant = evaluate_scores(labels, scores * 0, patients, NAMES, resamples=5)
-    assert [row.auroc[:3] for row in constant.findings] == [(0.5, 0.5, 0.5)] * 3
+    assert [row.measures["auroc"][:3] for row in constant.findings] == [(0.5, 0.5, 0.5)] * 3

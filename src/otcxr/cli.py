@@ -17,10 +17,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "phantoms to report in minutes: the whole path on two CPU cores"),
     "pretrain": ("pretrain", "learn an encoder from radiographs without labels"),
     "reproduce": ("reproduce", "do a run again from its folder and say whether the same came out"),
-    "evaluate": ("evaluate", "judge a run's encoder on labelled radiographs, with intervals"),
+    "evaluate": ("evaluate", "judge a run's encoder, or any tool's predictions, with intervals"),
+    "study": ("study", "methods x seeds x labels x tasks under one budget, compared pair by pair"),
     "explain": ("explain", "draw transport plans and heat maps of a run"),
+    "cards": ("cards", "write CLAIM, TRIPOD+AI and a model card of a run, filled as far as its files go"),
     "report": ("report", "gather a run into one offline HTML page"),
     "data inspect": ("data_inspect", "count what a source holds and list what cannot be read"),
+    "data preview": ("data_preview", "draw the views that training would make of a source"),
 }
 
 _USAGE = """usage: otcxr COMMAND [settings]

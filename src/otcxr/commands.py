@@ -10,12 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from otcxr.config import add_settings, make_parser, parse, peek
 from otcxr.console import RichProgress
-from otcxr.errors import ConfigError, DataError, did_you_mean
+from otcxr.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-__all__ = ["data_inspect", "demo", "evaluate", "explain", "pretrain", "report", "reproduce"]
+__all__ = [
+    "cards",
+    "data_inspect",
+    "data_preview",
+    "demo",
+    "evaluate",
+    "explain",
+    "pretrain",
+    "report",
+    "reproduce",
+    "study",
+]
 
 
 def pretrain(words: Sequence[str]) -> int:
@@ -23,24 +34,25 @@ def pretrain(words: Sequence[str]) -> int:
     from otcxr.data.dataset import DataConfig
     from otcxr.data.views import ViewsConfig
     from otcxr.distributed import process
-    from otcxr.methods import METHODS
+    from otcxr.methods import METHODS, find_method
     from otcxr.train import EncoderConfig, PretrainConfig, TrainConfig, config_from_plain
     from otcxr.train import pretrain as run_pretraining
 
-    # --method NAME is short for --method.name NAME
-    words = [w if w.partition("=")[0] != "--method" else w.replace("--method", "--method.name", 1) for w in words]
+    words = _whole_method(words)
     saved = Path(peek(words, "out", "")) / "config.yaml"
     if peek(words, "resume", "false").lower() == "true" and saved.is_file() and "--config" not in words:
         words = ["--config", str(saved), *words]  # a run goes on with its own settings
     name = peek(words, "method.name", PretrainConfig.method)
-    if name not in METHODS:
-        raise ConfigError(f"unknown method '{name}'{did_you_mean(name, METHODS)}")
+    row = find_method(name)
     parser = make_parser("pretrain", "Learn an encoder from radiographs without labels; leaves a run folder.")
     parser.add_argument("--config", action="config", help="YAML file with settings; later options override it")
     add_settings(parser, "data", DataConfig)
-    parser.add_argument("--method.name", type=str, default=name, help=f"one of {', '.join(METHODS)}; also --method")
-    add_settings(parser, "method", METHODS[name].settings, f"method {name}")
-    add_settings(parser, "views", ViewsConfig)
+    parser.add_argument(
+        "--method.name", type=str, default=name,
+        help=f"one of {', '.join(METHODS)}, or package.module:Class; also --method",
+    )  # fmt: skip
+    add_settings(parser, "method", row.settings, f"method {name}")
+    add_settings(parser, "views", ViewsConfig(**row.views))
     add_settings(parser, "encoder", EncoderConfig)
     add_settings(parser, "train", TrainConfig)
     parser.add_argument("--seed", type=int, default=0, help="one seed for weights, order and views")
@@ -95,30 +107,122 @@ def reproduce(words: Sequence[str]) -> int:
 
 
 def evaluate(words: Sequence[str]) -> int:
-    """otcxr evaluate RUN."""
+    """otcxr evaluate RUN, or otcxr evaluate PREDICTIONS.csv."""
     from otcxr.config import read_settings
+    from otcxr.evaluation.finetune import FinetuneConfig
     from otcxr.evaluation.results import evaluate_run
     from otcxr.evaluation.tasks import TASKS, EvaluateConfig
     from otcxr.runs import Run
 
-    parser = make_parser("evaluate", "Judge a run's encoder beside a random one, with intervals by patient.")
-    parser.add_argument("run", type=str, help="folder of the run")
-    parser.add_argument("--task", type=str, default="linear", help=f"one of {', '.join(TASKS)}")
-    parser.add_argument("--data.source", type=str, default="", help="labelled source (default: that of the run)")
+    parser = make_parser("evaluate", "Judge a run's encoder beside random ones, or the predictions of any tool, with "
+                         "intervals by patient.")  # fmt: skip
+    parser.add_argument("run", type=str, help="folder of the run; or a CSV with columns image, patient, FINDING_label, "
+                        "FINDING and perhaps split (val, test), sex, age, view")  # fmt: skip
+    parser.add_argument("--task", type=str, default="linear", help=f"of a run: one of {', '.join(TASKS)}")
+    parser.add_argument("--data.source", type=str, default="",
+                        help="labelled source (default: that of the run; of a CSV: its own labels)")  # fmt: skip
     parser.add_argument("--data.fit", type=str, default="train", help="split to fit on")
+    parser.add_argument("--data.val", type=str, default="val", help="split to validate on; without it patients are "
+                        "held out of the one to fit on")  # fmt: skip
     parser.add_argument("--data.test", type=str, default="test", help="split to judge on")
+    parser.add_argument(
+        "--out", type=str, default="", help="of a CSV: folder for evaluation.json, .csv and report.html"
+    )
+    parser.add_argument("--against", type=str, default="", help="of a CSV: another one, compared image by image")
+    parser.add_argument("--findings", type=str, default="", help="of a CSV: those to judge, with commas between")
     add_settings(parser, "eval", EvaluateConfig)
+    add_settings(parser, "finetune", FinetuneConfig)
     plain = _parsed(parser, words)
     _to_log()
     progress = RichProgress()
-    config = read_settings(EvaluateConfig, plain["eval"])
-    data = plain["data"]
-    evaluation = evaluate_run(
-        Run.open(plain["run"]), plain["task"], data["source"], (data["fit"], data["test"]), config, progress
+    config = read_settings(
+        EvaluateConfig, plain["eval"] | {"finetune": read_settings(FinetuneConfig, plain["finetune"])}
     )
+    data = plain["data"]
+    if plain["run"].lower().endswith(".csv") or Path(plain["run"]).is_file():
+        if (plain["task"], data["fit"], data["val"], data["test"]) != ("linear", "train", "val", "test"):
+            raise ConfigError("--task, --data.fit, --data.val and --data.test have no effect on a table of "
+                              "predictions; its rows say in column 'split' what they are for: val or test")  # fmt: skip
+        return _evaluate_csv(plain, config, progress)
+    given = [name for name in ("out", "against", "findings") if plain[name]]
+    if given:
+        raise ConfigError(f"--{given[0]} has no effect on a run; results go into its folder")
+    evaluation = evaluate_run(
+        Run.open(plain["run"]), plain["task"], data["source"], (data["fit"], data["test"]), config, progress,
+        val=data["val"],
+    )  # fmt: skip
     _print_table(evaluation.result, progress)
-    progress.say(f"written: {Path(plain['run']) / 'evaluation' / plain['task']}.json, .csv")
+    folder = Path(plain["run"]) / "evaluation"
+    progress.say(f"written: {folder / plain['task']}.json, .csv; the labels that were spent: {folder / 'labels'}")
+    if evaluation.classifier is not None:
+        progress.say(f"classifier: {Path(plain['run']) / 'classifier' / plain['task']}")
     return 0
+
+
+def _evaluate_csv(plain: dict[str, Any], config: Any, progress: RichProgress) -> int:
+    import csv
+    import io
+    import json
+
+    from otcxr.data.sources import open_collection
+    from otcxr.evaluation.predictions import evaluate_predictions, read_predictions, rows_of_predictions
+    from otcxr.report import write_predictions_page
+    from otcxr.runs import write_atomic
+
+    if not plain["out"]:
+        raise ConfigError(f"where should the results of {plain['run']} go? name a folder with --out")
+    source = open_collection(plain["data"]["source"]) if plain["data"]["source"] else None
+    findings = [name.strip() for name in plain["findings"].split(",") if name.strip()]
+    given = read_predictions(plain["run"], source, findings)
+    against = read_predictions(plain["against"], source, findings or given.findings) if plain["against"] else None
+    result = evaluate_predictions(given, config, against)
+    out = Path(plain["out"])
+    rows, text = rows_of_predictions(result), io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(out / "evaluation.csv", text.getvalue())
+    page = write_predictions_page(result, out / "report.html")
+    write_atomic(out / "evaluation.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    _print_table(result, progress)
+    progress.say(f"written: {out / 'evaluation.json'}, .csv and {page}")
+    return 0
+
+
+def study(words: Sequence[str]) -> int:
+    """otcxr study FILE."""
+    import shutil
+
+    from otcxr.study import read_study, run_study
+    from otcxr.study.results import write_results
+
+    parser = make_parser("study", "Train and judge every row of a study file; cells that are there are kept.")
+    parser.add_argument("file", type=str, help="the study, see docs/studies.md")
+    parser.add_argument("--out", type=str, default="", help="folder of cells and tables (default: studies/NAME)")
+    parser.add_argument("--runs", type=str, default="", help="folder of the trainings (default: runs/study-NAME)")
+    parser.add_argument("--only", type=str, default="", help="names of rows, with commas between")
+    parser.add_argument("--workers", type=int, default=2, help="units at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each")
+    parser.add_argument("--table", type=bool, default=False, help="only write tables and page, from results.json")
+    plain = _parsed(parser, words)
+    _to_log()
+    progress = RichProgress()
+    given = read_study(plain["file"])
+    out = Path(plain["out"] or f"studies/{given.name}")
+    failed: list[str] = []
+    if not plain["table"]:
+        only = [name.strip() for name in plain["only"].split(",") if name.strip()]
+        failed = run_study(
+            plain["file"], out, runs=plain["runs"], workers=plain["workers"], threads=plain["threads"], only=only,
+            progress=progress,
+        )  # fmt: skip
+        if not (out / "study.yaml").exists() or not (out / "study.yaml").samefile(plain["file"]):
+            shutil.copyfile(plain["file"], out / "study.yaml")
+    page = write_results(given, out, from_cells=not plain["table"])
+    progress.say(f"written: {out / 'README.md'}, {out / 'results.json'} and {page}")
+    for line in failed:
+        progress.say(f"failed: {line}")
+    return 1 if failed else 0
 
 
 def explain(words: Sequence[str]) -> int:
@@ -152,6 +256,21 @@ def report(words: Sequence[str]) -> int:
     out = Path(plain["out"]) if plain["out"] else runs[0].path / "report.html"
     out = write_report(runs, out if out.suffix else out.with_suffix(".html"))
     RichProgress().say(f"report: {out}")
+    return 0
+
+
+def cards(words: Sequence[str]) -> int:
+    """otcxr cards RUN."""
+    from otcxr.cards import write_cards
+    from otcxr.runs import Run
+
+    parser = make_parser("cards", "Write CLAIM, TRIPOD+AI and a model card of an evaluated run; gaps are marked.")
+    parser.add_argument("run", type=str, help="folder of the run")
+    parser.add_argument("--out", type=str, default="", help="folder (default: RUN/cards)")
+    plain = _parsed(parser, words)
+    run = Run.open(plain["run"])
+    written = write_cards(run, Path(plain["out"]) if plain["out"] else run.path / "cards")
+    RichProgress().say(f"written: {', '.join(map(str, written))}")
     return 0
 
 
@@ -206,6 +325,44 @@ def data_inspect(words: Sequence[str]) -> int:
     return 0
 
 
+def data_preview(words: Sequence[str]) -> int:
+    """otcxr data preview SOURCE, or --config of a training."""
+    from otcxr.config import from_files, read_settings
+    from otcxr.data.view_spec import ViewsConfig
+    from otcxr.methods import METHODS, find_method
+    from otcxr.preview import preview_views
+
+    words = _whole_method(words)
+    files = from_files(words)
+    name = peek(words, "method.name", "otcxr")
+    shown = {**find_method(name).views, **{k[6:]: v for k, v in files.items() if k.startswith("views.")}}
+    parser = make_parser("data preview", "Draw the views that training would make of a source's first radiographs.")
+    parser.add_argument("source", type=str, nargs="?", default=files.get("data.source", ""),
+                        help="READER:ARGUMENT, such as nih:PATH (default: data.source of --config)")  # fmt: skip
+    parser.add_argument("--config", type=str, help="YAML file of a training, or the config.yaml of a run; its views, "
+                        "method, seed and source are taken, later options override them")  # fmt: skip
+    parser.add_argument("--method.name", type=str, default=name,
+                        help=f"whose default views are taken: {', '.join(METHODS)}; also --method")  # fmt: skip
+    parser.add_argument("--out", type=str, default="preview.png", help="a .png file, or a folder for preview.png")
+    parser.add_argument("--images", type=int, default=4, help="how many radiographs")
+    parser.add_argument("--split", type=str, default=files.get("data.split", "train"),
+                        help="split to look at, if the source has splits")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=files.get("seed", 0),
+                        help="of the run: the same views as in its first epoch")  # fmt: skip
+    add_settings(parser, "views", read_settings(ViewsConfig, shown))
+    plain = parse(parser, words, whole_files=False).as_dict()
+    if not plain["source"]:
+        raise ConfigError("nothing to look at; name a source, such as nih:PATH, or a --config that has data.source")
+    progress = RichProgress()
+    path = preview_views(
+        plain["source"], plain["out"], read_settings(ViewsConfig, plain["views"]), images=plain["images"],
+        seed=plain["seed"], split=plain["split"], title=f"{plain['source']}, {name}, seed {plain['seed']}",
+        progress=progress,
+    )  # fmt: skip
+    progress.say(f"written: {path}")
+    return 0
+
+
 def demo(words: Sequence[str]) -> int:
     """otcxr demo."""
     from otcxr.demo import run_demo
@@ -230,6 +387,11 @@ def _print_demo(result: dict[str, Any], progress: RichProgress) -> None:
     progress.say(f"report: {result['report']}")
 
 
+def _whole_method(words: Sequence[str]) -> list[str]:
+    """--method NAME is short for --method.name NAME."""
+    return [w if w.partition("=")[0] != "--method" else w.replace("--method", "--method.name", 1) for w in words]
+
+
 def _parsed(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
     plain: dict[str, Any] = parse(parser, words).as_dict()
     plain.pop("config", None)
@@ -249,31 +411,47 @@ def _interval(estimate: dict[str, Any], sign: str = "") -> str:
 
 
 def _print_table(result: dict[str, Any], progress: RichProgress) -> None:
-    """Print each measure for every finding and the macro mean, pooled and within groups, in 80 columns."""
+    """Print the ranking of every finding and the macro mean, pooled, within groups and by share of labels."""
     from rich.table import Table
 
+    from otcxr.report import MEASURE_NAMES
+
     level = f"{result['intervals']['level']:.0%}"
-    for group, part in [("all test images", result), *result["within"].items()]:
-        for measure, name in (("auroc", "AUROC"), ("average_precision", "average precision")):
-            table = Table(title=f"{name}, {group} ({level} intervals by patient)", title_justify="left", box=None,
-                          padding=(0, 1, 0, 0))  # fmt: skip
+    other = "random" if "random" in result else "against" if "against" in result else ""
+    tables = [("all test images", result), *result.get("within", {}).items()]
+    shares = [part for part in result.get("fractions", []) if "macro" in part]
+    tables += [(f"{100 * part['fraction']:.3g} % of the labels", part) for part in shares]
+    for group, part in tables:
+        for measure in [name for name in MEASURE_NAMES if name in part["macro"]][:2]:
+            title = f"{MEASURE_NAMES[measure]}, {group} ({level} intervals by patient)"
+            table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
             table.add_column("finding", no_wrap=True)
-            for column in ("positive", "encoder", "random", "difference"):
+            for column in ("positive", "encoder" if other else "score", *([other, "difference", "p"] if other else [])):
                 table.add_column(column, no_wrap=True, justify="right")
             for finding in [*part["findings"], "macro"]:
-                row, random, gap = (
+                rows = [
                     p["macro"] if finding == "macro" else p["findings"][finding]
-                    for p in (part, part["random"], part["difference"])
-                )
-                other = random[measure]["value"]
-                table.add_row(
-                    f"macro of {len(row['findings'])}" if finding == "macro" else finding,
-                    "" if finding == "macro" else f"{row['positives']}/{row['n']}", _short(row[measure]),
-                    "" if other is None else f"{other:.3f}", _short(gap[measure], "+"),
-                )  # fmt: skip
+                    for p in (part, *([part[other], part["difference"]] if other else []))
+                ]
+                cells = [
+                    f"macro of {len(rows[0]['findings'])}" if finding == "macro" else finding,
+                    "" if finding == "macro" else f"{rows[0]['positives']}/{rows[0]['n']}", _short(rows[0][measure]),
+                ]  # fmt: skip
+                if other:
+                    value = rows[1][measure]["value"]
+                    gap = rows[2][measure]
+                    p = gap["p_value"] if finding == "macro" else gap["p_holm"]
+                    cells += [
+                        "" if value is None else f"{value:.3f}",
+                        _short(gap, "+"),
+                        "" if p is None else f"{p:.3f}",
+                    ]
+                table.add_row(*cells)
             progress.console.print(table)
             progress.console.print()
     progress.say("† fewer than 20 patients on one side, or scores that part them perfectly: too short an interval")
+    if other:
+        progress.say("p: two-sided; those of findings after Holm's correction")
 
 
 def _short(estimate: dict[str, Any], sign: str = "") -> str:

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from jsonargparse import ArgumentParser, Namespace
 
-__all__ = ["add_settings", "digest", "flatten", "make_parser", "parse", "peek", "read_settings", "to_plain"]
+__all__ = [
+    "add_settings",
+    "digest",
+    "flatten",
+    "from_files",
+    "make_parser",
+    "parse",
+    "peek",
+    "read_settings",
+    "to_plain",
+]
 
 T = TypeVar("T", bound="DataclassInstance")
 
@@ -47,6 +57,8 @@ def add_settings(
     hints = typing.get_type_hints(cls)
     group = parser.add_argument_group(title or prefix or cls.__name__, document.short_description or "")
     for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            continue  # a group of its own
         option = f"--{prefix}.{field.name}" if prefix else f"--{field.name}"
         text = " ".join(about.get(field.name, "").split()).replace("%", "%%")
         if isinstance(default, type) and field.default is dataclasses.MISSING:
@@ -62,37 +74,55 @@ def peek(arguments: Sequence[str], option: str, default: str) -> str:
     Needed where one setting decides which others exist (the method and its settings).
     """
     value = default
-    words = list(arguments)
-    for at, word in enumerate(words):
-        name, equals, inline = word.partition("=")
-        given = inline if equals else (words[at + 1] if at + 1 < len(words) else "")
-        if name == "--config" and given:
+    for name, given in _options(arguments):
+        if name == "config" and given:
             found = flatten(_read_yaml(given)).get(option)
             value = value if found is None else str(found)
-        elif name == f"--{option}":
+        elif name == option:
             value = given
     return value
 
 
-def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+def from_files(arguments: Sequence[str]) -> dict[str, Any]:
+    """All settings of the ``--config`` files among the arguments, flat, later files before earlier ones.
+
+    For a command that needs few of a file's settings; one that needs all leaves the files to ``parse``.
+    """
+    found: dict[str, Any] = {}
+    for name, given in _options(arguments):
+        if name == "config":
+            found |= flatten(_read_yaml(given))
+    return found
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Name and value of everything that begins with two dashes."""
+    words = list(arguments)
+    for at, word in enumerate(words):
+        if word.startswith("--"):
+            name, equals, inline = word[2:].partition("=")
+            yield name, inline if equals else (words[at + 1] if at + 1 < len(words) else "")
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str], *, whole_files: bool = True) -> Namespace:
     """Parse, and turn every mistake into one line that names the fix.
 
+    Args:
+        parser: From ``make_parser``.
+        arguments: The words after the command.
+        whole_files: Whether every setting of a ``--config`` file has to be one of this command.
     Raises: ConfigError: unknown setting (with the nearest known one), missing one, value of a wrong type.
     """
     import argparse
 
     known = {action.dest for action in parser._actions} - {"help"}
-    words = list(arguments)
-    for at, word in enumerate(words):
-        if word.startswith("--"):
-            name, equals, inline = word[2:].partition("=")
-            _check_known(name, known)
-            if name == "config":
-                given = inline if equals else (words[at + 1] if at + 1 < len(words) else "")
-                for key in flatten(_read_yaml(given)):
-                    _check_known(key, known, f" in {given}")
+    for name, given in _options(arguments):
+        _check_known(name, known)
+        if name == "config" and whole_files:
+            for key in flatten(_read_yaml(given)):
+                _check_known(key, known, f" in {given}")
     try:
-        return parser.parse_args(words)
+        return parser.parse_args(list(arguments))
     except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
         raise ConfigError(_one_line(str(error))) from error
 

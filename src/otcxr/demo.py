@@ -20,13 +20,12 @@ __all__ = ["demo_config", "run_demo"]
 
 
 def demo_config(out: str | Path) -> PretrainConfig:
-    """The demo's settings: phantoms with large lesions at 96 px, a ResNet-18 a quarter as wide as usual.
+    """The demo's settings: phantoms at 96 px, a ResNet-18 a quarter as wide as usual.
 
-    Lesions are twice the usual size because a linear probe on a narrow encoder that has seen some thousand views at
-    96 px finds nothing smaller; see docs/phantoms.md.
+    What is hard at this size is in docs/phantoms.md.
     """
     return PretrainConfig(
-        data=DataConfig(source="phantom:2400,seed=1,size=96,lesion_size=2"),
+        data=DataConfig(source="phantom:2400,seed=1,size=96"),
         views=ViewsConfig(size=96),
         encoder=EncoderConfig(name="resnet18", width=16),
         train=TrainConfig(epochs=16, batch_size=64, learning_rate=2e-3, accelerator="cpu"),

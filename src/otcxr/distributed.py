@@ -31,6 +31,7 @@ __all__ = [
     "alone",
     "convert_batch_norm",
     "everyone",
+    "first_row",
     "from_first",
     "gather_rows",
     "mean_of_rows",
@@ -115,6 +116,11 @@ def gather_rows(x: Tensor) -> Tensor:
         return x
     out: Tensor = _GatherRows.apply(x)  # type: ignore[no-untyped-call]
     return out
+
+
+def first_row(rows: int) -> int:
+    """Where the own ``rows`` rows begin among those that ``gather_rows`` returns."""
+    return process() * rows if processes() > 1 else 0
 
 
 def mean_of_rows(x: Tensor) -> tuple[Tensor, Tensor | int]:

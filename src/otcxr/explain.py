@@ -18,8 +18,8 @@ from otcxr.attribution import ProbedEncoder, heat_map
 from otcxr.console import Progress, SilentProgress
 from otcxr.data.dataset import read_pixels
 from otcxr.data.geometry import correspondence
-from otcxr.data.images import fit_square
-from otcxr.data.records import Box, Record
+from otcxr.data.images import box_in_square, fit_square
+from otcxr.data.records import Record
 from otcxr.data.sources import open_again
 from otcxr.errors import DataError
 from otcxr.nn.encoder import Encoder, encoder_digest, load_encoder
@@ -215,7 +215,7 @@ def explain_probe(
                 record = records[row]
                 image = read_pixels(record.image).image
                 images.append(fit_square(image, size))
-                boxes.append([_in_square(b, *image.shape[-2:]) for b in record.boxes if b.finding == finding])
+                boxes.append([box_in_square(b, *image.shape[-2:]) for b in record.boxes if b.finding == finding])
                 percentile = float((scores[:, f] < scores[row, f]).mean())
                 titles.append(f"{record.name}\nscore above {percentile:.0%} of test images")
             maps = heat_map(model, torch.stack(images), f).numpy()
@@ -277,20 +277,14 @@ def draw_heat_maps(
             for row in (0, 1):
                 axes[row, column].add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=_BOX, linewidth=1.6))
     if shown is not None:
-        figure.colorbar(shown, ax=axes[1, :].tolist(), shrink=0.85, label=f"evidence for {finding}")
+        bar = figure.colorbar(shown, ax=axes[1, :].tolist(), shrink=0.85)
+        bar.set_label(f"evidence for {finding}", parse_math=False)
     return figure
-
-
-def _in_square(box: Box, height: int, width: int) -> tuple[float, float, float, float]:
-    """A box in pixels of the image to [0, 1] of the square that ``fit_square`` makes of it."""
-    side = max(height, width)
-    left, top = (side - width) // 2, (side - height) // 2
-    return (box.x + left) / side, (box.y + top) / side, box.width / side, box.height / side
 
 
 def _show(axes: Axes, image: NDArray[np.float32], title: str) -> None:
     axes.imshow(image, cmap="gray", vmin=0, vmax=1, extent=(0, 1, 1, 0), interpolation="bilinear")
-    axes.set_title(title, fontsize=8)
+    axes.set_title(title, fontsize=8, parse_math=False)  # the name of a file may hold any sign
     axes.axis("off")
 
 

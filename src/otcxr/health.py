@@ -33,10 +33,14 @@ _SCORES = (
 
 
 class Verdict(NamedTuple):
-    """``healthy`` and the line to show: what is wrong, or the numbers that say nothing is."""
+    """``healthy`` and the line to show: what is wrong, or the numbers that say nothing is.
+
+    ``notes`` repeats from the line of a healthy run what is not as good as it should become.
+    """
 
     healthy: bool
     text: str
+    notes: tuple[str, ...] = ()
 
 
 class Watch:
@@ -380,8 +384,13 @@ def _least_rank(limit: float) -> float:
     return min(8.0, max(1 + min(0.5, (limit - 1) / 4), 0.03 * limit))
 
 
-def verdict(now: Mapping[str, float]) -> Verdict:
+def verdict(now: Mapping[str, float], terms: Mapping[str, float] | None = None) -> Verdict:
     """Judge the health numbers of one step, as ``observe`` gives them.
+
+    Args:
+        now: The numbers.
+        terms: The terms of the loss. One that has a term ``NAME_chance`` beside it and is within 0.5 % of that is
+            noted: nothing has been learned from it, or, late in a training, no longer.
 
     A collapse to one embedding is named alone: what else the embeddings then show is noise. A single image, and the
     rank of two, are not judged.
@@ -408,6 +417,7 @@ def verdict(now: Mapping[str, float]) -> Verdict:
                         f"other view, where {now['same_cell_true']:.0%} belong")  # fmt: skip
     if problems:
         return Verdict(False, "; ".join(problems))
+    notes = _at_chance(terms or {})
     text = f"no collapse seen: effective rank {rank:.1f} of {limit:.0f}"
     if diversity is not None:
         text += f", {diversity:.0%} of token variance within images"
@@ -416,8 +426,18 @@ def verdict(now: Mapping[str, float]) -> Verdict:
         text += f"chance {now['hits_chance']:.2f}"
         text += f", same place {now['hits_same_cell']:.2f})" if "hits_same_cell" in now else ")"
         if now["hits"] <= now.get("hits_same_cell", now["hits_chance"]):
-            text += "; the plan does not yet pair better than equal places would"
-    return Verdict(True, text)
+            notes.append("the plan does not yet pair better than equal places would")
+    return Verdict(True, "; ".join((text, *notes)), tuple(notes))
+
+
+def _at_chance(terms: Mapping[str, float]) -> list[str]:
+    """Notes on terms of the loss that say no more than chance does."""
+    notes = []
+    for name, chance in terms.items():
+        value = terms.get(name.removesuffix("_chance"))
+        if name.endswith("_chance") and value is not None and abs(value - chance) <= 0.005 * (abs(chance) or 1.0):
+            notes.append(f"{name.removesuffix('_chance').replace('_', ' ')} is at its chance level, {chance:.2f}")
+    return notes
 
 
 def _transport_problems(now: Mapping[str, float]) -> list[str]:

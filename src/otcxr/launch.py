@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.precision.amp import MixedPrecision
 from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import nn
@@ -52,7 +53,9 @@ def make_fabric(train: TrainConfig) -> Fabric:
         )
         error.told_elsewhere = _number() != 0
         raise error
-    precision: Any = train.precision
+    precision: dict[str, Any] = {"precision": train.precision}
+    if train.precision == "bf16-mixed":
+        precision = {"plugins": _Mixed("bf16-mixed", device=accelerator)}
     strategy: Any = "auto"
     if train.strategy == "fsdp":
         strategy = ModelParallelStrategy(_shard, data_parallel_size=count, tensor_parallel_size=1)
@@ -62,11 +65,22 @@ def make_fabric(train: TrainConfig) -> Fabric:
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         quiet: dict[str, Any] = {name: False}
         strategy = DDPStrategy(**quiet)
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy, **precision)
     fabric.launch()
     atexit.unregister(_leave)  # of an earlier training
     atexit.register(_leave)
     return fabric
+
+
+class _Mixed(MixedPrecision):
+    """Autocast decides for every operation; what goes in stays as it is.
+
+    Fabric's own rounds all inputs to half precision first: the geometry, with which true positions come to lie in
+    other cells, and the pixels that are to be restored.
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        return data
 
 
 def _leave() -> None:

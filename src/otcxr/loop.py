@@ -33,12 +33,13 @@ from otcxr.data.dataset import (
 )
 from otcxr.data.geometry import ViewBatch
 from otcxr.data.records import Collection, Record, Skipped
+from otcxr.data.views_device import ViewRequest, device_views
 from otcxr.distributed import agree, alone, everyone, mean_over_processes, process, processes, together
 from otcxr.errors import OtcxrError, StorageError
 from otcxr.faults import Collapsed, Interrupted, explain_fault, ignore_signals, stop_request
 from otcxr.health import Watch, observe, verdict
 from otcxr.launch import full_state, restore_optimizer, set_up
-from otcxr.methods import METHODS, SSLMethod, StepOutput
+from otcxr.methods import SSLMethod, StepOutput, find_method
 from otcxr.nn.encoder import build_encoder, load_state
 from otcxr.online import OnlineProbe
 from otcxr.optim import cosine_schedule, make_optimizer, set_learning_rate
@@ -48,13 +49,17 @@ from otcxr.settings import PretrainConfig
 
 __all__ = ["FORMAT", "Data", "Training", "build_method"]
 
-FORMAT = 2  # of a checkpoint
+FORMAT = 3  # of a checkpoint; also raised when the views of a seed change: a run cannot go on with other ones
 
 
-def build_method(config: PretrainConfig) -> SSLMethod:
+def build_method(config: PretrainConfig, images: int | None = None) -> SSLMethod:
     """Build method and encoder with initial weights that depend on the seed only, not on the global random state.
 
     All methods of one seed start from the same encoder.
+
+    Args:
+        config: The settings.
+        images: Training images, to which a method may fit its settings (``Method.settings``); None takes them as given.
     """
     encoder = build_encoder(
         config.encoder.name,
@@ -65,7 +70,10 @@ def build_method(config: PretrainConfig) -> SSLMethod:
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed + 1)  # not torch.manual_seed: it reseeds the GPU too
-        return METHODS[config.method].build(encoder, config.settings)
+        settings = config.settings
+        if images is not None and hasattr(settings, "for_images"):
+            settings = settings.for_images(images)
+        return find_method(config.method).build(encoder, settings)
 
 
 class Data(NamedTuple):
@@ -162,10 +170,10 @@ class Training:
         best = self._judge(method) if end_of_epoch else None
         where = {**self.facts, "step": self.step, "epochs": self.step / self.steps}
         if self.step:
-            self.run.write_weights(method, method.encoder, where)
+            self.run.write_weights(method, method.kept(), where)
             write_pairs(self.run, method, self.probes, self.config.views, self.config.seed, self.fabric.device)
         if best is not None:
-            self.run.write_best(method.encoder, {**where, "best": best})
+            self.run.write_best(method.kept(), {**where, "best": best})
         state = self._state(weights, optimizer, new_epoch=end_of_epoch)
         self.run.write_checkpoint(state, self.config.train.keep, best=best is not None)
 
@@ -173,7 +181,7 @@ class Training:
         """Judge the encoder at the end of an epoch; by which measure it is the best so far, None if it is not."""
         name, value, sign = "mean loss of the epoch", self.epoch_loss / self.steps, -1
         if self.online is not None:
-            result = self.online.judge(method.encoder)
+            result = self.online.judge(method.kept())
             self.run.append_metrics({"step": self.step, "epoch": round(self.step / self.steps, 4), "online": result})
             name, value, sign = f"online kNN, macro AUROC, {result['judged_on']}", self.online.score(result), 1
         if math.isnan(value):
@@ -188,7 +196,7 @@ class Training:
         """The method with all of its weights in this process."""
         if self.config.train.strategy == "ddp":
             return self.method
-        method = build_method(self.config)
+        method = build_method(self.config, len(self.data.usable))
         load_state(method, weights, "the sharded weights")
         return method.to(self.fabric.device)
 
@@ -294,17 +302,21 @@ class Training:
 
     def _fetch(self, batches: Iterator[LoadedViews]) -> ViewBatch:
         """The next part of the batch on this device; a source that is gone ends all processes."""
-        problem, loaded = None, None
+        problem: OtcxrError | None = None
+        batch: ViewBatch | None = None
         try:
             with self._in_words():
                 loaded = next(batches)
+                self.lost += loaded.lost
+                if isinstance(loaded.batch, ViewRequest):
+                    batch = device_views(loaded.batch, self.fabric.device)
+                else:
+                    batch = self.fabric.to_device(loaded.batch)
         except OtcxrError as error:
             problem = error
         if self._any(problem is not None)[0]:
             agree(problem)
-        assert loaded is not None
-        self.lost += loaded.lost
-        batch: ViewBatch = self.fabric.to_device(loaded.batch)
+        assert batch is not None
         return batch
 
     def _seed(self, part: int) -> None:
@@ -340,7 +352,7 @@ class Training:
         }  # fmt: skip
         if output.observed is not None:
             line["health"] = observe(output.observed, batch, self.method.encoder.first_centre)
-            judged = verdict(line["health"])
+            judged = verdict(line["health"], terms)
             line["verdict"] = judged._asdict()
             self._heed(self.watch.see(self.step, judged), judged.text)
         try:

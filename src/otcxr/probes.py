@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ def write_pairs(
     height in [0, 1] of the image; findings (k,); name. A method that pairs nothing writes nothing.
     """
     training, dtype = method.training, next(method.parameters()).dtype
+    views = replace(views, local_count=0)  # a pair is two views
     method.eval()
     for number, record in enumerate(probes.records):
         try:

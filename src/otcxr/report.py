@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import base64
 import csv
-import io
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from otcxr.charts import efficiency_chart, line_chart, reliability_chart
 from otcxr.config import flatten
 from otcxr.errors import DataError
 from otcxr.runs import Run, write_atomic
 from otcxr.version import __version__
 
-__all__ = ["write_report"]
+__all__ = [
+    "MEASURE_NAMES",
+    "TASK_NAMES",
+    "describe_training",
+    "show_evaluation",
+    "write_predictions_page",
+    "write_report",
+    "write_study_page",
+]
 
 # What the panels of the health section show: title, what it says, and the curves (name in metrics, label).
 _HEALTH = (
@@ -55,7 +62,22 @@ _DASHED = {  # what the other curves of a panel are compared with
     "entropy_independent",
     "entropy_one_to_one",
 }
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#8a8a8a", "#CC79A7")
+# tasks in the order of the page: title, and how scores come about
+TASK_NAMES = {
+    "linear": ("Linear probe", "Logistic regression on frozen features."),
+    "finetune": (
+        "Fine-tuning",
+        "The whole encoder trained on, from the linear probe, the step chosen on validation images.",
+    ),
+    "knn": ("Nearest neighbours", "Weighted vote of the 20 nearest labelled images."),
+    "retrieval": ("Retrieval", "Share of the nearest labelled images that have the finding that the image has."),
+    "predictions": ("How good they are", ""),
+}
+MEASURE_NAMES = {
+    "auroc": "AUROC", "average_precision": "average precision",
+    "sensitivity_at_specificity": "sensitivity at 90 % specificity",
+    "precision_at_10": "precision at 10", "precision_at_5": "precision at 5", "precision_at_1": "precision at 1",
+}  # fmt: skip
 _NO_TERMS = {
     "step",
     "epoch",
@@ -78,19 +100,130 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
     """
     if not runs:
         raise DataError("no runs to report on; name at least one run folder")
-    from jinja2 import Environment
+    write_atomic(out, _render("report.html", runs=[_facts(run) for run in runs]))
+    return out
 
-    template = resources.files("otcxr").joinpath("templates/report.html").read_text()
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["interval"] = _interval
-    environment.filters["bounds"] = _bounds
-    page = environment.from_string(template).render(
-        runs=[_facts(run) for run in runs],
-        version=__version__,
-        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )
+
+def write_predictions_page(result: Mapping[str, Any], out: Path) -> Path:
+    """Write the page of predictions that another tool made, from ``evaluation.json``."""
+    shown = show_evaluation(result)
+    macro = result["macro"]["auroc"]
+    test = result["splits"]["test"]
+    shown["cards"] = [
+        ("macro AUROC", "not estimable" if macro["value"] is None else f"{macro['value']:.3f}", _bounds(macro)),
+        ("findings", str(len(result["findings"])), f"{len(result['macro']['findings'])} of them in the mean"),
+        ("judged on", f"{test['images']:,} images", f"{test['patients']:,} patients"),
+    ]
+    shown["provenance"] = flatten({k: result[k] for k in ("source", "settings", "environment")})
+    write_atomic(out, _render("predictions.html", e=shown))
+    return out
+
+
+def write_study_page(results: Mapping[str, Any], out: Path) -> Path:
+    """Write the page of a study from its ``results.json``."""
+    study = results["study"]
+    tasks = []
+    for task, shares in results["tasks"].items():
+        title, how = TASK_NAMES.get(task, (task, ""))
+        for test in results["images"]:
+            tables = {share: table[test] for share, table in shares.items()}
+            most = next(iter(tables.values()))
+            ranked = [name for name in MEASURE_NAMES if any(name in row["macro"] for row in most["rows"].values())]
+            name = ranked[0]
+            curves = {
+                row: [(float(share), table["rows"][row]["macro"][name]) for share, table in reversed(tables.items())]
+                for row in most["rows"]
+            }
+            tasks.append({
+                "title": title, "how": how, "test": test if len(results["images"]) > 1 else "", "measure": name,
+                "ranked": ranked, "shares": tables, "most": most, "over": means_over(list(tables.values())),
+                "within": {group: means_over([inside]) for group, inside in most["within"].items()},
+                "svg": efficiency_chart(curves, f"macro {MEASURE_NAMES[name]}", {"random"}) if len(tables) > 1 else "",
+            })  # fmt: skip
+    trainings = {
+        row: describe_training([one for one in seeds if one.get("last")])
+        for row, seeds in results["rows"].items() if any(one.get("last") for one in seeds)
+    }  # fmt: skip
+    made = sorted({str(one["environment"]["date"]) for seeds in results["rows"].values() for one in seeds
+                   if one.get("environment")})  # fmt: skip
+    provenance = flatten({k: study[k] for k in ("source", "seeds", "reference", "grid", "pretrain", "settings")})
+    environment: dict[str, Any] = next((one["environment"] for seeds in results["rows"].values() for one in seeds
+                        if one.get("environment")), {})  # fmt: skip
+    page = _render(
+        "study.html", results=results, study=study, tasks=tasks, trainings=trainings, made=", ".join(made),
+        provenance=provenance | flatten(environment),
+    )  # fmt: skip
     write_atomic(out, page)
     return out
+
+
+def means_over(tables: Sequence[Mapping[str, Any]]) -> str:
+    """Over which findings the means of a study's tables are taken: " over Effusion and 3 others ..." or how many."""
+    over = tables[0]["mean_over"]
+    known = next(iter(tables[0]["rows"].values()))["findings"]
+    if not over:
+        return ": not estimable, no finding is for every row"
+    left = [finding for finding in known if finding not in over]
+    text = f" over {len(over)} findings" if len(over) > 1 else f" over {over[0]} alone"
+    if left:
+        where = "for every row and share of labels" if len(tables) > 1 else "for every row"
+        text += (
+            f" ({', '.join(left)} not estimable {where})"
+            if len(left) <= 6
+            else f" ({', '.join(over)}: those that are estimable {where})"
+        )
+    return text
+
+
+def describe_training(seeds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Outcome over all seeds; loss against chance, rank, diversity, correspondence, tuned settings, speed of the first.
+
+    Args:
+        seeds: What the cells of a row's trainings keep.
+    """
+    first = seeds[0]
+    last, health = first["last"], first.get("health") or {}
+    said: list[str] = []
+    for one in seeds:
+        verdict = one.get("verdict") or {"healthy": True, "text": "", "notes": []}
+        said += verdict.get("notes", []) if verdict["healthy"] else [verdict["text"]]
+    counted = [f"{text} ({said.count(text)} of {len(seeds)} seeds)" if len(seeds) > 1 else text for text in
+               dict.fromkeys(said)]  # fmt: skip
+    loss = [
+        f"{name.removesuffix('_chance').replace('_', ' ')} {last[name.removesuffix('_chance')]:.2f} ({value:.2f})"
+        for name, value in last.items()
+        if name.endswith("_chance") and name.removesuffix("_chance") in last
+    ]
+    place = f" ({health['hits_same_cell']:.2f})" if "hits_same_cell" in health else ""
+    return [
+        "; ".join(counted) or "no collapse seen",
+        ", ".join(loss) or f"{last['loss']:.2f}",
+        f"{health['effective_rank']:.1f} of {health['effective_rank_limit']:.0f}" if health else "",
+        f"{health['spatial_diversity']:.2f}" if "spatial_diversity" in health else "",
+        f"{health['hits']:.2f}{place}" if "hits" in health else "",
+        ", ".join(f"{k} {v}" for k, v in first.get("tuned", {}).items()),
+        f"{first['images_per_s']:.0f}",
+        f"{first['elapsed_s'] / 60:.1f}",
+    ]
+
+
+def _render(template: str, **facts: Any) -> str:
+    from jinja2 import Environment, FunctionLoader
+
+    folder = resources.files("otcxr").joinpath("templates")
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=FunctionLoader(lambda name: folder.joinpath(name).read_text()),
+    )  # fmt: skip
+    environment.filters |= {
+        "interval": _interval,
+        "bounds": _bounds,
+        "p_value": lambda p: "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
+        "measure": lambda name: MEASURE_NAMES.get(name, name),
+    }
+    return environment.get_template(template).render(
+        version=__version__, date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), **facts
+    )
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -99,7 +232,8 @@ def _facts(run: Run) -> dict[str, Any]:
     config = run.read_config()
     judged = next((line["verdict"] for line in reversed(lines) if "verdict" in line), None)
     encoder = run.read_json("encoder.json")
-    evaluation = run.read_json("evaluation/linear.json")
+    evaluations = [e for task in TASK_NAMES if (e := run.read_json(f"evaluation/{task}.json")) is not None]
+    evaluation = next((e for e in evaluations if "auroc" in e["macro"]), None)
     pictures = []
     for entry in run.read_json("explain/index.json") or []:
         path = run.path / entry["file"]
@@ -120,11 +254,81 @@ def _facts(run: Run) -> dict[str, Any]:
         "online": _online(lines),
         "skipped": _skipped(run),
         "evaluation": evaluation,
+        "evaluations": [show_evaluation(e) for e in evaluations],
         "pictures": pictures,
-        "stale": evaluation is not None
-        and encoder is not None
-        and evaluation.get("encoder_digest") != encoder.get("digest"),
+        "stale": encoder is not None and any(e.get("encoder_digest") != encoder.get("digest") for e in evaluations),
     }
+
+
+def show_evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's result with what the page says and draws of it."""
+    paired = "difference" in result
+    ranked = [name for name in MEASURE_NAMES if name in result["macro"]]
+    level = f"{100 * result['intervals']['level']:.0f} %"
+    title, how = TASK_NAMES.get(result["task"], (result["task"], ""))
+    test = result["splits"]["test"]
+    text = f"{how} Judged on {test['images']:,} images of {test['patients']:,} patients"
+    if "collection" in result:
+        fit, val = result["splits"]["fit"], result["splits"]["val"]
+        text += (
+            f" (split {test['name']}) of {result['collection']}; fitted on {fit['images']:,} images of "
+            f"{fit['patients']:,} patients, validated on {val['images']:,} of {val['patients']:,} ({val['name']})"
+        )
+    text += f". Intervals: {level}, {result['intervals']['resamples']:,} resamples of patients"
+    if paired and "against" not in result:
+        text += (
+            ". The random networks have the same architecture, random weights, and norms calibrated on the same "
+            "images; differences are paired"
+        )
+    text += (". \N{DAGGER} fewer than 20 patients on one side, or scores that part the sample perfectly: the interval "
+             "promises more than it holds.")  # fmt: skip
+    first = next(iter(result["findings"].values()))
+    thresholds = {
+        finding: found if "threshold" in found else next(
+            point for point in found["operating_points"] if point["rule"] == result["settings"]["rule"]
+        )
+        for finding, found in result.get("decisions", {}).items()
+    }  # fmt: skip
+    shown = {
+        **result, "title": title, "text": text, "ranked": ranked, "anchor": f"task-{result['task']}",
+        "other": result["against"]["source"]["file"] if "against" in result else "random network" if paired else "",
+        "random": result.get("random", result.get("against")),
+        "decided": bool(thresholds) and "f1" in first, "thresholds": thresholds, "calibrated": "brier" in first,
+        "rule": result["settings"].get("rule", ""), "power_text": _power_text(result),
+        "reliable": {f: reliability_chart(r["bins"]) for f, r in result.get("reliability", {}).items() if r["bins"]},
+        "within": {name: {**part, "ranked": ranked} for name, part in result.get("within", {}).items()},
+        "calibration_text": "Slope and intercept of a logistic regression of the labels on the logit of the "
+        "probabilities; below 1 they are too extreme, above 0 too low. The error is over 15 bins of equal mass, beside "
+        "what it would be if every probability were right. Below: what was said against what was, first seed.",
+    }  # fmt: skip
+    shares = result.get("fractions", [])
+    if len(shares) > 1:
+        # the largest share stands at the top of the result
+        full = [share if "macro" in share else {**result, **share} for share in shares]
+        name = ranked[0]
+        curves = {
+            "encoder": [(s["fraction"], s["curve"]["macro"][name]) for s in full],
+            "random network": [(s["fraction"], s["curve"]["random"][name]) for s in full],
+        }
+        shown["fractions"] = [{**s, "images": ", ".join(f"{d['images']:,}" for d in s["draws"])} for s in full]
+        shown["efficiency"] = {
+            "svg": efficiency_chart(curves, MEASURE_NAMES[name], dashed={"random network"}),
+            "text": f"Macro {MEASURE_NAMES[name]} of {len(full[-1]['curve']['findings'])} findings that are estimable "
+            "at every share shown, over the share of labels that was spent, drawn by patient, each share within the "
+            "next. With several draws intervals are over patients and draws.",
+        }
+    return shown
+
+
+def _power_text(result: Mapping[str, Any]) -> str:
+    power = result.get("power")
+    if not power or power["macro"] is None:
+        return ""
+    rare = [f"{name} {value:.3f}" for name, value in power["findings"].items() if value is not None]
+    return (
+        f"What these images can show: with a power of {power['power']:.0%} a true difference of the macro AUROC to "
+        f"{power['to']} of {power['macro']:.3f} or more; by finding {', '.join(rare)}. Smaller ones may exist unseen."
+    )
 
 
 def _curves(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -148,7 +352,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         if any(value is not None for value in chance):
             series.append(("chance", steps, chance))
         text = f"{name} over training steps" + (", before clipping" if name == "gradient_norm" else "")
-        charts.append({"title": name, "svg": _chart(series, dashed={"chance"}), "text": text})
+        charts.append({"title": name, "svg": line_chart(series, dashed={"chance"}), "text": text})
     return charts
 
 
@@ -162,7 +366,7 @@ def _panels(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         steps = [line["step"] for line in seen]
         series = [(label, steps, [line["health"].get(key) for line in seen]) for key, label in present]
         dashed = {label for key, label in present if key in _DASHED}
-        panels.append({"title": title, "text": text, "svg": _chart(series, dashed)})
+        panels.append({"title": title, "text": text, "svg": line_chart(series, dashed)})
     return panels
 
 
@@ -181,58 +385,11 @@ def _online(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         series.append((label, steps, [estimate.get("value") for estimate in estimates]))
         bands[label] = [(estimate.get("low"), estimate.get("high")) for estimate in estimates]
     return {
-        "svg": _chart(series, bands=bands) if len(seen) > 1 else None,
+        "svg": line_chart(series, bands=bands) if len(seen) > 1 else None,
         "step": last["step"],
         "now": now,
         **{name: last["online"].get(name) for name in ("findings", "images_fit", "images_judged", "judged_on")},
     }
-
-
-_Bounds = Sequence[tuple[float | None, float | None]]
-
-
-def _chart(
-    series: Sequence[tuple[str, Sequence[int], Sequence[float | None]]],
-    dashed: Collection[str] = (),
-    bands: Mapping[str, _Bounds] | None = None,
-) -> str:
-    """Draw curves as inline SVG with a transparent ground and mid-grey text, readable in light and dark.
-
-    Args:
-        series: Label, steps and values of each curve; values that are absent or not finite are left out.
-        dashed: Labels of curves that others are compared with.
-        bands: Lower and upper bounds at the same steps, by label.
-    """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "otcxr"}):
-        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
-        FigureCanvasSVG(figure)
-        figure.patch.set_alpha(0)
-        axes = figure.subplots()
-        axes.patch.set_alpha(0)
-        for (label, steps, values), colour in zip(series, _COLOURS, strict=False):
-            points = [(s, v) for s, v in zip(steps, values, strict=True) if v is not None and math.isfinite(v)]
-            if points:
-                style = "--" if label in dashed else "-"
-                axes.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=1.5)
-            bounds = zip(steps, (bands or {}).get(label, ()), strict=False)
-            known = [(s, low, high) for s, (low, high) in bounds if low is not None and high is not None]
-            if known:
-                at, lows, highs = zip(*known, strict=True)
-                axes.fill_between(at, lows, highs, color=colour, alpha=0.15, linewidth=0)
-        axes.set_xlabel("step", color="#808080", fontsize=9)
-        axes.tick_params(colors="#808080", labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#a0a0a0")
-        if len(axes.lines) > 1:
-            axes.legend(frameon=False, fontsize=8, labelcolor="#808080")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _skipped(run: Run) -> list[dict[str, str]]:
@@ -265,5 +422,5 @@ def _bounds(estimate: Mapping[str, Any], sign: str = "") -> str:
     """The interval alone."""
     if estimate["value"] is None:
         return "not estimable"
-    mark = " †" if estimate["caution"] else ""
+    mark = " †" if estimate.get("caution") else ""
     return f"[{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]{mark}"

@@ -3,7 +3,8 @@
     config.yaml  environment.json  skipped.csv  metrics.jsonl  last.ckpt  last-1.ckpt ...
     encoder.safetensors  encoder.json  method.safetensors  pairs/*.npz
     best/{encoder.safetensors, encoder.json, last.ckpt}
-    evaluation/*.json *.csv *.npz   explain/*.png index.json   report.html
+    evaluation/*.json *.csv *.npz labels/*.csv   classifier/TASK/{classifier.json, weights.safetensors}
+    explain/*.png index.json   report.html
 
 Every file is written under a temporary name and renamed, so a reader never sees half of one. ``metrics.jsonl`` alone
 is appended to; a last line that was cut is dropped when it is read.
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Run", "describe_environment", "storage_error", "write_atomic"]
 
 _log = logging.getLogger(__name__)
-_FOLDERS = ("best", "pairs", "evaluation", "explain")  # of a run
+_FOLDERS = ("best", "pairs", "evaluation", "evaluation/labels", "classifier/linear", "classifier/finetune", "explain")
 
 _HELD: set[TextIO] = set()  # lock files of this process
 

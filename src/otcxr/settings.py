@@ -9,8 +9,8 @@ from typing import Any
 from otcxr.config import digest, flatten, read_settings, to_plain
 from otcxr.data.dataset import DataConfig
 from otcxr.data.views import ViewsConfig
-from otcxr.errors import ConfigError, did_you_mean
-from otcxr.methods import METHODS
+from otcxr.errors import ConfigError
+from otcxr.methods import find_method
 from otcxr.optim import OPTIMIZERS
 
 __all__ = [
@@ -148,9 +148,9 @@ class PretrainConfig:
 
     Attributes:
         data: Where radiographs come from.
-        method: Name in the table of methods.
+        method: Name in the table of methods, or package.module:Class of one from outside.
         settings: The method's settings; None takes those of the table.
-        views: How views are drawn.
+        views: How views are drawn; None takes the defaults of the method's row.
         encoder: The network.
         train: The training.
         seed: One seed for weights, order and views.
@@ -161,7 +161,7 @@ class PretrainConfig:
     data: DataConfig
     method: str = "otcxr"
     settings: Any = None
-    views: ViewsConfig = field(default_factory=ViewsConfig)
+    views: ViewsConfig = None  # type: ignore[assignment]  # filled below
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
@@ -169,21 +169,24 @@ class PretrainConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"unknown method '{self.method}'{did_you_mean(self.method, METHODS)}")
+        row = find_method(self.method)
         if self.seed < 0:
             raise ConfigError(f"seed must be >= 0, received {self.seed}")
-        known = METHODS[self.method].settings
+        known = row.settings
         if self.settings is None:
             object.__setattr__(self, "settings", known)
         elif not isinstance(self.settings, type(known)):
             raise ConfigError(f"method '{self.method}' needs settings of type {type(known).__name__}, "
                               f"received {type(self.settings).__name__}")  # fmt: skip
+        if self.views is None:
+            object.__setattr__(self, "views", ViewsConfig(**row.views))
+        if row.build.needs_clean and not self.views.clean:
+            object.__setattr__(self, "views", replace(self.views, clean=True))
         if self.encoder.stride is None:
             stride = 16 if self.views.size <= 128 else 32
             object.__setattr__(self, "encoder", replace(self.encoder, stride=stride))
         if not self.out:
-            object.__setattr__(self, "out", f"runs/{self.method}")
+            object.__setattr__(self, "out", f"runs/{self.method.replace(':', '.')}")
 
 
 def config_to_plain(config: PretrainConfig) -> dict[str, Any]:
@@ -203,14 +206,13 @@ def config_from_plain(plain: Mapping[str, Any]) -> PretrainConfig:
     """
     method = dict(plain.get("method", {}))
     name = str(method.pop("name", "otcxr"))
-    if name not in METHODS:
-        raise ConfigError(f"unknown method '{name}'{did_you_mean(name, METHODS)}")
-    known = METHODS[name].settings
+    row = find_method(name)
+    known = row.settings
     return PretrainConfig(
         data=read_settings(DataConfig, plain["data"]),
         method=name,
         settings=read_settings(type(known), {**to_plain(known), **method}),
-        views=read_settings(ViewsConfig, plain.get("views", {})),
+        views=read_settings(ViewsConfig, {**row.views, **plain.get("views", {})}),
         encoder=read_settings(EncoderConfig, plain.get("encoder", {})),
         train=read_settings(TrainConfig, plain.get("train", {})),
         seed=int(plain.get("seed", 0)),

@@ -102,7 +102,7 @@ def _prepare(
         collection = open_collection(config.data.source)
         has_split = any(record.split for record in collection.records)
         training = collection.split(config.data.split) if has_split else collection
-    cache = PixelCache(config.data.cache_gb)
+    cache = PixelCache(config.data.cache_gb, bits=8)
     with together(), progress.bar("reading images", len(training.records), "images") as bar:
         usable, skipped, contents = check_records(
             training, cache, config.data.max_skipped, bar,
@@ -117,7 +117,7 @@ def _prepare(
                 f"{config.data.source} has {len(usable)} usable images in this split, fewer than train.batch_size = "
                 f"{config.train.batch_size}; set train.batch_size to at most {len(usable)}"
             )
-        method = build_method(config)
+        method = build_method(config, len(usable))
     cells = math.ceil(config.views.size / method.encoder.strides[-1])
     if cells**2 < _FEW_TOKENS:
         progress.say(f"warning: a view has {cells**2} tokens, fewer than {_FEW_TOKENS}: dense alignment has little to "

@@ -19,9 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from otcxr.data.geometry import ViewBatch
 from otcxr.data.images import fit_square, load_radiograph
 from otcxr.data.records import Collection, ImageRef, Radiograph, Record, Skipped
-from otcxr.data.views import MIN_VALID, ViewBatch, ViewsConfig, collate_views, make_views, view_generator
+from otcxr.data.view_spec import MIN_VALID, GreyImage, ViewsConfig, draw_views, view_generator
+from otcxr.data.views import carry_out, collate_views
+from otcxr.data.views_device import ViewRequest, collate_requests, request_views
 from otcxr.errors import ConfigError, DataError, StorageError
 
 __all__ = [
@@ -50,7 +53,8 @@ class DataConfig:
         source: READER:ARGUMENT, such as nih:PATH, folder:PATH or phantom:2000,seed=1,size=96.
         split: Split that is used for pre-training; a source without splits is used whole.
         max_skipped: Largest share of images that may be missing or broken before the run refuses to start.
-        cache_gb: Memory in GB for decoded images, kept as 16-bit; what does not fit is decoded again.
+        cache_gb: Memory in GB for decoded images, kept with the 8 bits that views are made of; what does not fit is
+            decoded again.
         workers: Processes that prepare views; 0 prepares them in the main process.
     """
 
@@ -76,29 +80,44 @@ def read_pixels(image: ImageRef) -> Radiograph:
 
 
 class PixelCache:
-    """Decoded images, 16-bit, up to a limit of memory. 8- and 16-bit sources survive without loss."""
+    """Decoded images up to a limit of memory, rounded to 16 bits, or to the 8 bits that views are made of.
 
-    def __init__(self, limit_gb: float) -> None:
+    With 16 bits, 8- and 16-bit sources survive without loss.
+    """
+
+    def __init__(self, limit_gb: float, bits: int = 16) -> None:
         self._free = int(limit_gb * 1e9)
-        self._kept: dict[ImageRef, tuple[NDArray[np.uint16], NDArray[np.bool_] | None, tuple[float, float] | None]] = {}
+        self._type: type[np.uint8] | type[np.uint16] = np.uint8 if bits == 8 else np.uint16
+        self._kept: dict[ImageRef, tuple[NDArray[Any], NDArray[np.bool_] | None, tuple[float, float] | None]] = {}
 
     def get(self, image: ImageRef) -> Radiograph:
         """Return the pixels of an image, from memory where they are."""
+        pixels, valid, spacing = self._find(image)
+        mask = np.ones(pixels.shape, dtype=np.bool_) if valid is None else valid
+        # through the cache even when it is full: the numbers must not depend on the memory limit
+        image_01 = pixels.astype(np.float32) / np.float32(np.iinfo(self._type).max)
+        return Radiograph(torch.from_numpy(image_01)[None], torch.from_numpy(mask)[None], spacing)
+
+    def grey(self, image: ImageRef) -> GreyImage:
+        """Return the 8-bit pixels of an image, from which views are made."""
+        pixels, valid, _ = self._find(image)
+        if pixels.dtype != np.uint8:
+            pixels = np.round(pixels * np.float32(1 / 257)).astype(np.uint8)
+        return GreyImage(pixels, valid)
+
+    def _find(self, image: ImageRef) -> tuple[NDArray[Any], NDArray[np.bool_] | None, tuple[float, float] | None]:
         kept = self._kept.get(image)
         if kept is None:
             radiograph = read_pixels(image)
-            pixels = np.round(radiograph.image.numpy() * 65535).astype(np.uint16)
-            valid = None if bool(radiograph.valid.all()) else radiograph.valid.numpy()
+            most = np.float32(np.iinfo(self._type).max)
+            pixels = np.round(radiograph.image[0].numpy() * most).astype(self._type)
+            valid = None if bool(radiograph.valid.all()) else radiograph.valid[0].numpy()
             kept = (pixels, valid, radiograph.spacing)
             size = pixels.nbytes + (0 if valid is None else valid.nbytes)
             if size <= self._free:
                 self._free -= size
                 self._kept[image] = kept
-        pixels, valid, spacing = kept
-        mask = np.ones(pixels.shape, dtype=np.bool_) if valid is None else valid
-        # through the cache even when it is full: the numbers must not depend on the memory limit
-        image_01 = pixels.astype(np.float32) / np.float32(65535)
-        return Radiograph(torch.from_numpy(image_01), torch.from_numpy(mask), spacing)
+        return kept
 
 
 class Checked(NamedTuple):
@@ -207,15 +226,22 @@ def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
 
 
 class LoadedViews(NamedTuple):
-    """Views of one image or of a batch, and the images that could not be read and were stood in for."""
+    """Views of one image or of a batch, and the images that could not be read and were stood in for.
 
-    batch: ViewBatch
+    With ``views.executor`` = device ``batch`` is what the device makes the views from.
+    """
+
+    batch: ViewBatch | ViewRequest
     lost: tuple[Skipped, ...]
 
 
 def join_views(samples: Sequence[LoadedViews]) -> LoadedViews:
     """Join samples along the batch dimension."""
-    return LoadedViews(collate_views([s.batch for s in samples]), tuple(item for s in samples for item in s.lost))
+    lost = tuple(item for s in samples for item in s.lost)
+    requests = [s.batch for s in samples if isinstance(s.batch, ViewRequest)]
+    if requests:
+        return LoadedViews(collate_requests(requests), lost)
+    return LoadedViews(collate_views([s.batch for s in samples if isinstance(s.batch, ViewBatch)]), lost)
 
 
 class ViewDataset(Dataset[LoadedViews]):
@@ -248,7 +274,7 @@ class ViewDataset(Dataset[LoadedViews]):
         while True:
             record = self._records[wanted]
             try:
-                radiograph = self._cache.get(record.image)
+                image = self._cache.grey(record.image)
                 break
             except DataError as error:
                 lost.append(Skipped(record.name, f"unreadable in epoch {epoch + 1}: {error}"))
@@ -258,8 +284,10 @@ class ViewDataset(Dataset[LoadedViews]):
                     "is the folder still there?"
                 )
             wanted = self._usable[int(others.integers(len(self._usable)))]
-        batch = make_views(radiograph, self._views, view_generator(self._seed, epoch, index))
-        return LoadedViews(batch, tuple(lost))
+        shape: tuple[int, int] = image.pixels.shape
+        drawn = draw_views(shape, image.valid, self._views, view_generator(self._seed, epoch, index))
+        make = request_views if self._views.executor == "device" else carry_out
+        return LoadedViews(make(image, drawn, clean=self._views.clean), tuple(lost))
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

@@ -65,14 +65,16 @@ def token_valid(valid: Tensor, height: int, width: int, share: float = 0.5) -> T
 
 
 def apply_affine(affine: Tensor, points: Tensor) -> Tensor:
-    """Map points (..., n, 2) by affine maps (..., 2, 3)."""
-    return points @ affine[..., :, :2].transpose(-1, -2) + affine[..., None, :, 2]
+    """Map points (..., n, 2) by affine maps (..., 2, 3); at their own precision, also under autocast."""
+    with torch.autocast(points.device.type, enabled=False):
+        return points @ affine[..., :, :2].transpose(-1, -2) + affine[..., None, :, 2]
 
 
 def invert_affine(affine: Tensor) -> Tensor:
-    """Inverse of affine maps (..., 2, 3)."""
-    linear = torch.linalg.inv(affine[..., :, :2])
-    return torch.cat((linear, -(linear @ affine[..., :, 2:])), dim=-1)
+    """Inverse of affine maps (..., 2, 3); at their own precision, also under autocast."""
+    with torch.autocast(affine.device.type, enabled=False):
+        linear = torch.linalg.inv(affine[..., :, :2])
+        return torch.cat((linear, -(linear @ affine[..., :, 2:])), dim=-1)
 
 
 def correspondence(

@@ -12,10 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from otcxr.data.records import Radiograph
+from otcxr.data.records import Box, Radiograph
 from otcxr.errors import DataError
 
-__all__ = ["IMAGE_SUFFIXES", "border_valid", "fit_square", "is_dicom", "load_image", "load_radiograph", "png_size"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "border_valid",
+    "box_in_square",
+    "fit_square",
+    "is_dicom",
+    "load_image",
+    "load_radiograph",
+    "png_size",
+]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".dcm", ".dicom"})
 
@@ -164,6 +173,13 @@ def border_valid(image: NDArray[np.float32], tolerance: float = 2 / 255) -> NDAr
         else:
             valid[:, outside] = False
     return valid
+
+
+def box_in_square(box: Box, height: int, width: int) -> tuple[float, float, float, float]:
+    """A box in pixels of an image to (x, y, width, height) in [0, 1] of the square that ``fit_square`` makes of it."""
+    side = max(height, width)
+    left, top = (side - width) // 2, (side - height) // 2
+    return (box.x + left) / side, (box.y + top) / side, box.width / side, box.height / side
 
 
 def fit_square(image: Tensor, size: int) -> Tensor:

@@ -1,54 +1,44 @@
 """Synthetic frontal chest radiographs with planted findings: the source ``phantom:N,seed=S,size=P``.
 
 A phantom is computed, never stored: a record names (settings, index, layer), and pixels are rendered when they are
-read, the same bytes in any order and any process. The picture is a projection, as on a detector of 400 mm x 400 mm:
+read, the same bytes in any order and any process. Its parts:
 
-    integral(p) = sum over structures of mu * path length at p        (closed formulas, mm)
-    counts(p)   = exp(-integral) + scatter, blurred by the detector, plus quantum noise
-    grey(p)     = low + (high - low) * clip((-log(counts) - q1) / (q99 - q1)) ** gamma       bone bright, in [0, 1]
+    phantom_anatomy    the body: sizes, surfaces, how a visit poses it
+    phantom_geometry   rays from a point-like focus through the body to the detector
+    phantom_findings   disease: drawn, placed, outlined
+    phantom_tubes      vessels, bones of the limbs, lines
+    phantom_devices    pacemakers, lines, electrodes, the side marker
+    phantom_render     attenuation along every ray, then the detector
 
-q1 and q99 are percentiles of the picture itself, as a workstation would window it; low, high, gamma, exposure and
-scatter are drawn per study, whatever the labels. Anatomy is drawn per patient; pose, breathing and findings per study.
-
-Not modelled: three-dimensional rotation of the patient (only in the plane), beam hardening and energy, grid and heel
-effect beyond a linear tilt, collimation, markers, tubes, leads and implants, fissures, bronchi, vertebral detail,
-fractures, costal calcification, clothing; findings other than two; lobulated, cavitating or calcified nodules, nodules
-behind heart or diaphragm; loculated, subpulmonic or supine (layering) effusions, and what fluid does to the
-mediastinum; disease that stays or grows over a patient's studies (findings are drawn anew); differences between
-children and adults, and any link of age or sex to disease. Scores on phantoms say whether a method can find planted
+What physics is in it and what is not is in docs/phantoms.md. Scores on phantoms say whether a method can find planted
 signal; they say nothing about patients.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
 
-from otcxr.data.phantom_anatomy import (
-    FIELD_MM,
-    Anatomy,
-    Array,
-    Study,
-    chest,
-    draw_anatomy,
-    draw_study,
-    fluid_extent,
-    fluid_top,
-    heart_depth,
-    lung_field,
-)
-from otcxr.data.phantom_render import attenuation, axis_mm, body_grid, detect
-from otcxr.data.records import Box, Collection, ImageRef, Radiograph, Record, full_valid
+from otcxr.data.phantom_anatomy import Anatomy, Study, draw_anatomy, draw_study, heart_square, seen
+from otcxr.data.phantom_findings import FINDINGS, Disease, draw_disease, extents, outlines
+from otcxr.data.phantom_geometry import Array, grid_rays
+from otcxr.data.phantom_render import attenuation, detect, shutter_open
+from otcxr.data.records import Box, Collection, ImageRef, Radiograph, Record
 from otcxr.errors import ConfigError, did_you_mean
 
-__all__ = ["FINDINGS", "PhantomConfig", "PhantomImage", "parse_phantom", "read_phantom", "render"]
+__all__ = [
+    "FINDINGS", "PhantomConfig", "PhantomImage", "Planted", "parse_phantom", "planted", "read_phantom", "render",
+]  # fmt: skip
 
-FINDINGS = ("Nodule", "Effusion")
+_SHARES = tuple(f"{finding.lower()}_prevalence" for finding in FINDINGS)
+_WHOLE = {"count": (1, 10**6), "seed": (0, 2**32 - 1), "size": (32, 1024)}
+_RANGES = {"lesion_size": (0.5, 2.0), "contrast": (0.1, 1.5), "devices": (0.0, 2.0)}  # all others: [0, 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +48,24 @@ class PhantomConfig:
     Attributes:
         count: Number of images, >= 1. Image i does not depend on it.
         seed: >= 0; another seed is another population.
-        size: Height and width in pixels, 32 to 1024; the field stays 400 mm, so small sizes show less detail.
-        nodule_prevalence: Share of studies with 1 to 3 nodules, in [0, 1].
-        effusion_prevalence: Share of studies with pleural fluid on one or both sides, in [0, 1].
-        noise: Relative standard deviation of the counts behind 120 mm of soft tissue at 256 pixels, in [0, 1]; a
-            larger pixel collects more quanta, so the noise falls with the size. 0 renders without noise.
-        lesion_size: Factor in [0.5, 2] on the radius of nodules (1: 5 to 20 mm) and on the height of fluid (1: up to a
-            third of the lung). Larger ones are easier to find.
+        size: Height and width in pixels, 32 to 1024. The field of view does not change with it (drawn per study, some
+            400 mm), so small sizes show less detail.
+        prevalence: Share of studies (of patients for nodule, mass and cardiomegaly, which stay) with each finding that
+            has no share of its own below, in [0, 1].
+        nodule_prevalence: Share of patients with 1 to 3 nodules, in [0, 1]; None takes ``prevalence``.
+        mass_prevalence: Share of patients with a mass.
+        consolidation_prevalence: Share of studies with consolidated lung.
+        effusion_prevalence: Share of studies with pleural fluid on one or both sides.
+        pneumothorax_prevalence: Share of studies with a pneumothorax.
+        cardiomegaly_prevalence: Share of patients with an enlarged heart.
+        edema_prevalence: Share of studies with edema of the lungs.
+        noise: Relative standard deviation of the counts behind 120 mm of soft tissue in a pixel of 1.56 mm, before the
+            blur, in [0, 1]; a larger pixel collects more quanta, so the noise of a small picture is less. 0: none.
+        contrast: Factor in [0.1, 1.5] on what a lesion changes in the attenuation (not on the size of the heart). With
+            ``noise`` it sets the signal-to-noise ratio. Fluid and pneumothorax change nothing more above 1.
+        lesion_size: Factor in [0.5, 2] on the radius of nodules (1: 4 to 15 mm), masses (16 to 34 mm) and patches, on
+            the height of fluid (1: up to a third of the lung) and the gap of a pneumothorax (its root).
+        devices: Factor in [0, 2] on how often pacemakers, wires, lines, tubes and electrodes are there.
 
     Raises:
         ConfigError: A setting is out of its range.
@@ -73,26 +74,45 @@ class PhantomConfig:
     count: int
     seed: int = 0
     size: int = 256
-    nodule_prevalence: float = 0.35
-    effusion_prevalence: float = 0.35
+    prevalence: float = 0.2
+    nodule_prevalence: float | None = None
+    mass_prevalence: float | None = None
+    consolidation_prevalence: float | None = None
+    effusion_prevalence: float | None = None
+    pneumothorax_prevalence: float | None = None
+    cardiomegaly_prevalence: float | None = None
+    edema_prevalence: float | None = None
     noise: float = 0.02
+    contrast: float = 1.0
     lesion_size: float = 1.0
+    devices: float = 1.0
 
     def __post_init__(self) -> None:
-        ranges = {"count": (1, 10**8), "seed": (0, 2**32 - 1), "size": (32, 1024)}
-        factors = {"lesion_size": (0.5, 2.0)}
         for field in dataclasses.fields(self):
-            whole = field.name in ranges
-            low, high = {**ranges, **factors}.get(field.name, (0, 1))
-            value = getattr(self, field.name)
-            if not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
-                kind, example = (
-                    ("whole number", "2000,seed=100,size=96") if whole else ("number", f"2000,{field.name}=0.5")
-                )
+            name, value = field.name, getattr(self, field.name)
+            if name in _SHARES and value is None:
+                continue
+            low, high = {**_WHOLE, **_RANGES}.get(name, (0, 1))
+            if not isinstance(value, int if name in _WHOLE else (int, float)) or not low <= value <= high:
+                kind, example = ("whole number", "2000,seed=100,size=96") if name in _WHOLE else (
+                    "number", f"2000,{name}={min(0.5, high)}")  # fmt: skip
                 raise ConfigError(
-                    f"phantom setting {field.name} is {value!r} but must be a {kind} in [{low}, {high}]; "
+                    f"phantom setting {name} is {value!r} but must be a {kind} in [{low}, {high}]; "
                     f"write for example 'phantom:{example}'"
                 )
+
+    def prevalences(self) -> tuple[float, ...]:
+        """The share of each of `FINDINGS`."""
+        own = (getattr(self, name) for name in _SHARES)
+        return tuple(self.prevalence if share is None else share for share in own)
+
+
+class Planted(NamedTuple):
+    """A finding of one phantom, severity in [0, 1] (0: barely there), and its boxes."""
+
+    finding: str
+    severity: float
+    boxes: tuple[Box, ...]
 
 
 def parse_phantom(text: str) -> PhantomConfig:
@@ -101,8 +121,7 @@ def parse_phantom(text: str) -> PhantomConfig:
     Raises:
         ConfigError: A key is unknown or repeated, a value is no number, or a setting is out of its range.
     """
-    kinds = {field.name: int if field.name in ("count", "seed", "size") else float
-             for field in dataclasses.fields(PhantomConfig)}  # fmt: skip
+    kinds = {field.name: int if field.name in _WHOLE else float for field in dataclasses.fields(PhantomConfig)}
     values: dict[str, float] = {}
     for position, part in enumerate(text.split(",")):
         key, equals, number = (piece.strip() for piece in part.partition("="))
@@ -146,19 +165,20 @@ def _table(seed: int, count: int) -> _Table:
 
 
 @lru_cache(maxsize=64)
-def _scene(config: PhantomConfig, index: int) -> tuple[Anatomy, Study]:
-    """The anatomy, as breathed in this study, and the study of an image."""
+def _scene(config: PhantomConfig, index: int, findings: bool = True) -> tuple[Anatomy, Study, Disease]:
+    """The anatomy as this study shows it, the study, and its findings (none of them without ``findings``)."""
     table = _table(config.seed, config.count)
     patient, number = table.patient[index], table.study[index]
-    anatomy = draw_anatomy(config.seed, patient, table.sex[patient])
-    prevalences = (config.nodule_prevalence, config.effusion_prevalence)
-    study = draw_study(anatomy, config.seed, patient, number, prevalences, config.lesion_size)
-    return chest(anatomy, study), study
+    anatomy = draw_anatomy(config.seed, patient, table.sex[patient], config.devices)
+    study = draw_study(anatomy, config.seed, patient, number, config.devices)
+    shares = config.prevalences() if findings else (0.0,) * len(FINDINGS)
+    body, disease = draw_disease(anatomy, study, (config.seed, patient, number), shares, config.lesion_size)
+    return body, study, disease
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PhantomImage:
-    """One layer of one phantom: ``"image"``, or the mask ``"lungs"``, ``"heart"``, ``"Nodule"`` or ``"Effusion"``."""
+    """One layer of one phantom: ``"image"``, or the mask ``"lungs"``, ``"heart"`` or that of a finding."""
 
     config: PhantomConfig
     index: int
@@ -168,10 +188,15 @@ class PhantomImage:
         return f"phantom-{self.index:06d}" + ("" if self.layer == "image" else f"-{self.layer}")
 
     def radiograph(self) -> Radiograph:
-        """Render the layer: (1, size, size) float32, in [0, 1] for the image, 0 or 1 for a mask."""
+        """Render the layer: (1, size, size) float32, in [0, 1] for the image, 0 or 1 for a mask.
+
+        What the collimator covers is not valid.
+        """
+        size = self.config.size
+        _, study, _ = _scene(self.config, self.index)
         pixels = render(self.config, self.index) if self.layer == "image" else _mask(self)
-        image = torch.from_numpy(pixels)[None]
-        return Radiograph(image, full_valid(image), (FIELD_MM / self.config.size,) * 2)
+        valid = torch.from_numpy(shutter_open(study, size))[None]
+        return Radiograph(torch.from_numpy(pixels)[None], valid, (study.geometry.field / size,) * 2)
 
 
 class _Records(Sequence[Record]):
@@ -189,34 +214,30 @@ class _Records(Sequence[Record]):
     def __getitem__(self, index: slice) -> list[Record]: ...
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
         if isinstance(index, slice):
-            return [self._record(i) for i in range(*index.indices(len(self)))]
+            return [_record(self._config, i) for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} phantoms")
-        return self._record(index % len(self))
+        return _record(self._config, index % len(self))
 
     def __iter__(self) -> Iterator[Record]:
-        return (self._record(i) for i in range(len(self)))
+        return (_record(self._config, i) for i in range(len(self)))
 
-    def _record(self, index: int) -> Record:
-        config = self._config
-        table = _table(config.seed, config.count)
-        patient, number = table.patient[index], table.study[index]
-        body, study = _scene(config, index)
-        pitch = FIELD_MM / config.size
-        boxes = [
-            _box("Nodule", n.x - r, n.y - r, n.x + r, n.y + r, pitch, config.size)
-            for n in study.nodules for r in [_seen_radius(n.radius, pitch)]
-        ]  # fmt: skip
-        boxes += [_box("Effusion", *fluid_extent(body, study, fluid), 2 * pitch, config.size) for fluid in study.fluids]
-        labels = {"Nodule": int(bool(study.nodules)), "Effusion": int(bool(study.fluids))}
-        layers = ["lungs", "heart", *(name for name in FINDINGS if labels[name])]
-        masks: dict[str, ImageRef] = {layer: PhantomImage(config, index, layer) for layer in layers}
-        return Record(
-            image=PhantomImage(config, index), study=f"P{patient:05d}-{number}", patient=f"P{patient:05d}",
-            sex=table.sex[patient], age=table.age[patient], view=study.view,
-            source="phantom", spacing=(pitch, pitch), labels=labels, boxes=tuple(boxes), masks=masks,
-            split=table.split[patient],
-        )  # fmt: skip
+
+@lru_cache(maxsize=10_000)  # boxes are looked for on a lattice, and every choice of a split asks for every record
+def _record(config: PhantomConfig, index: int) -> Record:
+    table = _table(config.seed, config.count)
+    patient, number = table.patient[index], table.study[index]
+    body, study, disease = _scene(config, index)
+    labels = {f: int(level is not None) for f, level in zip(FINDINGS, disease.severity, strict=True)}
+    present = [finding for finding in FINDINGS if labels[finding]]
+    boxes = [box for finding in present for box in _boxes(config, body, study, disease, finding) if box is not None]
+    masks: dict[str, ImageRef] = {layer: PhantomImage(config, index, layer) for layer in ("lungs", "heart", *present)}
+    return Record(
+        image=PhantomImage(config, index), study=f"P{patient:05d}-{number}", patient=f"P{patient:05d}",
+        sex=table.sex[patient], age=table.age[patient], view=study.view, source="phantom",
+        spacing=(study.geometry.field / config.size,) * 2, labels=labels, boxes=tuple(boxes), masks=masks,
+        split=table.split[patient],
+    )  # fmt: skip
 
 
 def read_phantom(text: str) -> Collection:
@@ -230,46 +251,66 @@ def read_phantom(text: str) -> Collection:
     return Collection("phantom:" + text, FINDINGS, _Records(parse_phantom(text)))
 
 
-def _box(finding: str, left: float, top: float, right: float, bottom: float, grow: float, size: int) -> Box:
-    """A box in pixels from an extent in mm of the image frame, grown by half of ``grow`` (mm) to hold whole pixels."""
-    edges = (left - grow / 2, top - grow / 2, right + grow / 2, bottom + grow / 2)
-    x0, y0, x1, y1 = (size * min(max(edge / FIELD_MM + 0.5, 0.0), 1.0) for edge in edges)
-    return Box(finding, x0, y0, x1 - x0, y1 - y0)
+def planted(config: PhantomConfig, index: int) -> tuple[Planted, ...]:
+    """What one phantom holds, in the order of `FINDINGS`."""
+    body, study, disease = _scene(config, index)
+    return tuple(
+        Planted(finding, severity, tuple(b for b in _boxes(config, body, study, disease, finding) if b is not None))
+        for finding, severity in zip(FINDINGS, disease.severity, strict=True)
+        if severity is not None
+    )
 
 
-def _seen_radius(radius: float, pitch: float) -> float:
-    """Radius of a nodule's disc: at least what always holds the centre of one pixel."""
-    return max(radius, 0.72 * pitch)
+def _boxes(config: PhantomConfig, body: Anatomy, study: Study, disease: Disease, finding: str) -> list[Box | None]:
+    """Boxes in pixels that hold every whole pixel of the finding's outlines, cut to the picture; None where none is."""
+    pitch, field = study.geometry.field / config.size, study.geometry.field
+    grow = pitch / 2 if finding in ("Nodule", "Mass", "Cardiomegaly") else pitch
+    boxes: list[Box | None] = []
+    for extent in extents(body, study.geometry, _seen(disease, pitch), finding):
+        if extent is None:
+            boxes.append(None)
+            continue
+        left, top, right, bottom = extent
+        edges = (left - grow, top - grow, right + grow, bottom + grow)
+        x0, y0, x1, y1 = (config.size * min(max(edge / field + 0.5, 0.0), 1.0) for edge in edges)
+        boxes.append(Box(finding, x0, y0, x1 - x0, y1 - y0))
+    return boxes
+
+
+def _seen(disease: Disease, pitch: float) -> Disease:
+    """The findings with nodules as large as a disc that always holds the centre of one pixel."""
+    return disease._replace(nodules=tuple(n._replace(radius=max(n.radius, 0.76 * pitch)) for n in disease.nodules))
 
 
 def _mask(image: PhantomImage) -> Array:
     """The pixels of a mask, (size, size) float32, 0 or 1."""
-    size = image.config.size
-    body, study = _scene(image.config, image.index)
-    if image.layer == "Nodule":
-        axis, inside = axis_mm(size), np.zeros((size, size), np.bool_)
-        for nodule in study.nodules:
-            r = _seen_radius(nodule.radius, FIELD_MM / size)
-            inside |= (axis[None, :] - nodule.x) ** 2 + (axis[:, None] - nodule.y) ** 2 <= r * r
-        return inside.astype(np.float32)
-    x, v = body_grid(study, size)
-    if image.layer == "heart":
-        return (heart_depth(body, x, v) > 0).astype(np.float32)
-    inside = lung_field(body, x, v)
-    if image.layer == "Effusion":
-        wet = np.zeros_like(inside)
-        for fluid in study.fluids:
-            part = inside & (v > fluid_top(body, fluid, x))
-            if not part.any():  # a blunted angle between the centres of very large pixels
-                left, top, right, bottom = fluid_extent(body, study, fluid)
-                part[
-                    int(size * ((top + bottom) / 2 / FIELD_MM + 0.5)), int(size * ((left + right) / 2 / FIELD_MM + 0.5))
-                ] = True
-            wet |= part
-        return wet.astype(np.float32)
-    if image.layer != "lungs":
+    config, layer = image.config, image.layer
+    body, study, disease = _scene(config, image.index)
+    rays = grid_rays(study.geometry, config.size)
+    if layer == "lungs":
+        return seen(body, rays).astype(np.float32)
+    if layer == "heart":
+        return (heart_square(body, rays) > 0).astype(np.float32)
+    if layer not in FINDINGS:
         known = ("image", "lungs", "heart", *FINDINGS)
-        raise ConfigError(f"a phantom has no layer '{image.layer}'" + did_you_mean(image.layer, known))
+        raise ConfigError(f"a phantom has no layer '{layer}'" + did_you_mean(layer, known))
+    inside = np.zeros((config.size, config.size), np.bool_)
+    if disease.severity[FINDINGS.index(layer)] is None:
+        return inside.astype(np.float32)
+    pitch = study.geometry.field / config.size
+    parts = outlines(body, _seen(disease, pitch), layer, rays)
+    for part, box in zip(parts, _boxes(config, body, study, disease, layer), strict=True):
+        if box is None:
+            continue
+        # a lattice has found the box: a pixel of a thin tip that it has missed belongs to no box, so to no mask
+        left, top = math.ceil(box.x - 1e-3), math.ceil(box.y - 1e-3)
+        right, bottom = math.floor(box.x + box.width + 1e-3), math.floor(box.y + box.height + 1e-3)
+        held = np.zeros_like(part)
+        held[top:bottom, left:right] = part[top:bottom, left:right]
+        if not held.any():  # smaller than the distance between the centres of large pixels
+            held[int(box.y + box.height / 2), int(box.x + box.width / 2)] = True
+        part[:] = held
+        inside |= part
     return inside.astype(np.float32)
 
 
@@ -279,12 +320,10 @@ def render(config: PhantomConfig, index: int, *, findings: bool = True) -> Array
     Args:
         config: The set.
         index: Which image of it.
-        findings: False leaves nodules and fluid out and changes nothing else: the same patient, pose and noise.
+        findings: False leaves all disease out and changes nothing else: the same patient, pose, exposure and noise.
     """
-    body, study = _scene(config, index)
-    if not findings:
-        study = study._replace(nodules=(), fluids=())
-    integral = attenuation(body, study, config.size)
+    body, study, disease = _scene(config, index, findings)
+    integral = attenuation(body, study, disease, config.contrast, config.size)
     table = _table(config.seed, config.count)
     key = [config.seed, table.patient[index], table.study[index]]
     rng = np.random.default_rng(np.random.SeedSequence(key, spawn_key=(2,)))

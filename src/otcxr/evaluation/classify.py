@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from otcxr.errors import ConfigError, DataError
 from otcxr.evaluation.metrics import auroc
 
-__all__ = ["LinearProbe", "fit_probe", "knn_scores"]
+__all__ = ["LinearProbe", "fit_probe", "knn_scores", "nearest_share"]
 
 # One of the arrays that a block of queries needs at a time; there are about four.
 _BLOCK_BYTES = 16 * 2**20
@@ -133,6 +133,53 @@ def knn_scores(
     """
     if neighbours < 1 or not 0 < temperature < np.inf:
         raise ConfigError(f"neighbours must be >= 1 and temperature > 0, received {neighbours} and {temperature}")
+    scores = np.full((len(queries), np.shape(labels)[-1] if np.ndim(labels) == 2 else 0), np.nan)
+    for rows, columns, near, counted in _neighbourhoods(features, labels, queries, neighbours):
+        weights = np.exp((near - near[:, :1]) / temperature)  # the factor cancels; exp never overflows
+        # the total is summed beside the findings, in the same order: a share of all is 1, not 1 but for rounding
+        sums = (weights[:, :, None] * counted).sum(axis=1)
+        scores[rows, columns] = sums[:, :-1] / sums[:, -1:]
+    return scores
+
+
+def nearest_share(
+    features: NDArray[np.floating[Any]],
+    labels: NDArray[np.float64],
+    queries: NDArray[np.floating[Any]],
+    counts: Sequence[int],
+) -> list[NDArray[np.float64]]:
+    """Share of the nearest images that have a finding: the precision of retrieving by likeness.
+
+        p_k(q, f) = (number with finding f among the k images most similar to q, of those assessed for f) / k
+
+    For a query that has the finding, averaged over such queries, it is precision at k; by chance it is the prevalence
+    among ``features``. Where fewer than k are assessed, the share of those.
+
+    Args:
+        features, labels, queries: As :func:`knn_scores`.
+        counts: Numbers k, each >= 1.
+    Returns: For each k, (M, F) in [0, 1]; NaN for a finding that no image is assessed for. Cost as :func:`knn_scores`.
+    Raises: DataError, ConfigError: as :func:`knn_scores`.
+    """
+    if not counts or min(counts) < 1:
+        raise ConfigError(f"retrieval looks at 1 image or more, received {list(counts)}")
+    out = [np.full((len(queries), np.shape(labels)[-1] if np.ndim(labels) == 2 else 0), np.nan) for _ in counts]
+    for rows, columns, _, counted in _neighbourhoods(features, labels, queries, max(counts)):
+        for k, shares in zip(counts, out, strict=True):
+            shares[rows, columns] = counted[:, :k, :-1].mean(axis=1)
+    return out
+
+
+def _neighbourhoods(
+    features: NDArray[np.floating[Any]],
+    labels: NDArray[np.float64],
+    queries: NDArray[np.floating[Any]],
+    neighbours: int,
+) -> Iterator[tuple[slice, list[int], NDArray[np.float64], NDArray[np.float64]]]:
+    """Blocks of queries m with the findings g that are assessed on the same images, and their k nearest among those.
+
+    Yields: rows and columns of the scores, cosines (m, k) falling, and labels (m, k, g + 1), the last column being 1.
+    """
     x, q = _directions(features, "features"), _directions(queries, "queries")
     y = np.asarray(labels, dtype=np.float64)
     if not len(x) or q.shape[1] != x.shape[1] or y.ndim != 2 or len(y) != len(x):
@@ -146,7 +193,6 @@ def knn_scores(
             f"labels must be 0 (absent), 1 (present) or NaN (not assessed), but {bad} of {y.size} are not; "
             "map uncertain labels to one of the three"
         )
-    scores = np.full((len(q), y.shape[1]), np.nan)
     together: dict[bytes, list[int]] = {}  # findings assessed on the same images have the same neighbours
     for f in range(y.shape[1]):
         together.setdefault(seen[:, f].tobytes(), []).append(f)
@@ -160,12 +206,8 @@ def knn_scores(
             among = cosine if rows.size == len(x) else cosine[:, rows]
             nearest = _nearest(among, min(neighbours, rows.size))
             near = np.take_along_axis(among, nearest, axis=1)
-            weights = np.exp((near - near[:, :1]) / temperature)  # the factor cancels; exp never overflows
-            # the total is summed beside the findings, in the same order: a share of all is 1, not 1 but for rounding
             counted = np.column_stack((y[rows][:, columns], np.ones(rows.size)))[nearest]
-            sums = (weights[:, :, None] * counted).sum(axis=1)
-            scores[start : start + step, columns] = sums[:, :-1] / sums[:, -1:]
-    return scores
+            yield slice(start, start + len(cosine)), columns, near, counted
 
 
 def _directions(vectors: NDArray[np.floating[Any]], what: str) -> NDArray[np.float64]:

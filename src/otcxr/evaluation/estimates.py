@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from otcxr.errors import ConfigError
 
 __all__ = [
-    "MEASURES",
     "BootstrapSettings",
     "Comparison",
     "Counts",
@@ -22,8 +22,6 @@ __all__ = [
     "ScoreTable",
     "as_json",
 ]
-
-MEASURES = ("auroc", "average_precision")  # of a table, by the name of their field
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,8 @@ class BootstrapSettings:
             k patients with probability below exp(-k); 5 is the first k for which that is under the 1 % of undefined
             resamples that are tolerated. It is what can be computed at all, not what is enough: see ``caution`` of
             :class:`Estimate`.
-        min_negative_patients: The same for patients with at least one negative image.
+        min_negative_patients: The same for patients with at least one negative image; 0 for measures that look at
+            positive images only, which then need no negative ones, and whose caution does not count them.
     Raises: ConfigError: a value is out of its range.
     """
 
@@ -56,9 +55,9 @@ class BootstrapSettings:
             raise ConfigError(f"seed is {self.seed}; it must be 0 or larger")
         if not 0 < self.level < 1:
             raise ConfigError(f"level is {self.level}; it must lie between 0 and 1, 0.95 is usual")
-        for name in ("min_positive_patients", "min_negative_patients"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; a measure needs at least 1")
+        for name, least in (("min_positive_patients", 1), ("min_negative_patients", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {least} or larger")
 
 
 class Counts(NamedTuple):
@@ -92,6 +91,9 @@ class Estimate(NamedTuple):
         note: "" if estimable, else why not.
         resamples: Resamples behind the interval: those in which the measure is defined; 0 if not estimable.
         caution: "" or why the interval, although computed, promises more than it holds.
+        standard_error: Root of the variance over patients and seeds; None if not estimable.
+        seeds: Trainings over which the value is the mean.
+        seed_deviation: Standard deviation over them; None for one.
     """
 
     value: float | None
@@ -103,6 +105,9 @@ class Estimate(NamedTuple):
     note: str = ""
     resamples: int = 0
     caution: str = ""
+    standard_error: float | None = None
+    seeds: int = 1
+    seed_deviation: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, ready for JSON: numbers, strings and None, never NaN."""
@@ -110,20 +115,18 @@ class Estimate(NamedTuple):
 
 
 class FindingScores(NamedTuple):
-    """How well one finding is ranked."""
+    """What is measured of one finding, by the name of the measure."""
 
     finding: str
     counts: Counts
-    auroc: Estimate
-    average_precision: Estimate
+    measures: Mapping[str, Estimate]
 
 
 class MacroScores(NamedTuple):
-    """Unweighted means over ``findings``: those for which both measures are estimable."""
+    """Unweighted means over ``findings``: those for which all measures of the ranking are estimable."""
 
     findings: tuple[str, ...]
-    auroc: Estimate
-    average_precision: Estimate
+    measures: Mapping[str, Estimate]
 
 
 class ScoreTable(NamedTuple):
@@ -143,17 +146,18 @@ class Difference(NamedTuple):
         p_holm: The same after Holm's correction over the estimable findings; None if not estimable, and for a macro
             mean, which is one question, asked once.
         excludes_zero: Whether the whole interval lies on one side of 0. No correction for several findings.
+        detectable: The smallest true difference that a test on such data sees with a power of 80 %.
     """
 
     estimate: Estimate
     p_value: float | None
     p_holm: float | None
     excludes_zero: bool
+    detectable: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the estimate's fields and these, ready for JSON."""
-        own = {"p_value": self.p_value, "p_holm": self.p_holm, "excludes_zero": self.excludes_zero}
-        return self.estimate.as_dict() | own
+        return self.estimate.as_dict() | {name: value for name, value in self._asdict().items() if name != "estimate"}
 
 
 class MeasureComparison(NamedTuple):
@@ -165,20 +169,18 @@ class MeasureComparison(NamedTuple):
 
 
 class FindingComparison(NamedTuple):
-    """Two sets of scores for one finding."""
+    """Two sets of scores for one finding, by the name of the measure."""
 
     finding: str
     counts: Counts
-    auroc: MeasureComparison
-    average_precision: MeasureComparison
+    measures: Mapping[str, MeasureComparison]
 
 
 class MacroComparison(NamedTuple):
-    """Unweighted means over ``findings``: those for which both measures are estimable."""
+    """Unweighted means over ``findings``: those for which all differences of ranking measures are estimable."""
 
     findings: tuple[str, ...]
-    auroc: MeasureComparison
-    average_precision: MeasureComparison
+    measures: Mapping[str, MeasureComparison]
 
 
 class Comparison(NamedTuple):
@@ -192,39 +194,35 @@ class Comparison(NamedTuple):
 def as_json(result: ScoreTable | Comparison) -> dict[str, Any]:
     """Return a result as plain dicts, lists, numbers, strings and None: no NaN, ready for ``json.dumps``.
 
-    ``findings.<finding>`` holds the counts, the prevalence and both measures; ``macro`` the names of its findings,
-    counts and both measures; ``intervals`` how they were made. A measure of a :class:`ScoreTable` is {value, low, high,
-    note, resamples, caution}; one of a :class:`Comparison` is {a, b, difference} of such, the difference with p_value,
-    p_holm and excludes_zero.
+    ``findings.<finding>`` holds the counts, the prevalence and the measures; ``macro`` the names of its findings,
+    counts and measures; ``intervals`` how they were made. A measure of a :class:`ScoreTable` is an :class:`Estimate`
+    without its counts; one of a :class:`Comparison` is {a, b, difference} of such.
     """
     macro = result.macro
-    estimate = macro.auroc if isinstance(macro.auroc, Estimate) else macro.auroc.difference.estimate
+    counts: dict[str, Any] = {"n": 0, "positives": 0, "patients": 0}
+    for measure in macro.measures.values():
+        estimate = measure.difference.estimate if isinstance(measure, MeasureComparison) else measure
+        counts = {"n": estimate.n, "positives": estimate.positives, "patients": estimate.patients}
+        break
     return {
         "findings": {
-            row.finding: row.counts._asdict() | {"prevalence": row.counts.prevalence} | _measures_json(row)
+            row.finding: row.counts._asdict() | {"prevalence": row.counts.prevalence} | _measures_json(row.measures)
             for row in result.findings
         },
-        "macro": {
-            "findings": list(macro.findings),
-            "n": estimate.n,
-            "positives": estimate.positives,
-            "patients": estimate.patients,
-        }
-        | _measures_json(macro),
+        "macro": {"findings": list(macro.findings)} | counts | _measures_json(macro.measures),
         "intervals": {"method": "patient bootstrap, percentile"} | asdict(result.settings),
     }
 
 
-def _measures_json(row: FindingScores | MacroScores | FindingComparison | MacroComparison) -> dict[str, Any]:
+def _measures_json(measures: Mapping[str, Estimate] | Mapping[str, MeasureComparison]) -> dict[str, Any]:
     def plain(estimate: Estimate | Difference) -> dict[str, Any]:
         # The counts stand once, beside the measures.
         return {k: v for k, v in estimate.as_dict().items() if k not in ("n", "positives", "patients")}
 
-    measures: dict[str, Any] = {}
-    for name in MEASURES:
-        measure = getattr(row, name)
+    out: dict[str, Any] = {}
+    for name, measure in measures.items():
         if isinstance(measure, MeasureComparison):
-            measures[name] = {part: plain(estimate) for part, estimate in measure._asdict().items()}
+            out[name] = {part: plain(estimate) for part, estimate in measure._asdict().items()}
         else:
-            measures[name] = plain(measure)
-    return measures
+            out[name] = plain(measure)
+    return out

@@ -12,9 +12,18 @@ from typing import Any, NamedTuple, TypeAlias, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from otcxr.errors import DataError
+from otcxr.errors import ConfigError, DataError
 
-__all__ = ["assessed", "auroc", "average_precision", "prevalence"]
+__all__ = [
+    "assessed",
+    "auroc",
+    "average_precision",
+    "checked_labels",
+    "divide",
+    "over_weights",
+    "prevalence",
+    "sensitivity_at_specificity",
+]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 RowArray: TypeAlias = NDArray[np.intp]
@@ -58,9 +67,9 @@ def auroc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None
         outranked = below.take(ranking.smaller, axis=1)
         outranked += below.take(ranking.not_larger, axis=1)
         pairs = positive.sum(axis=1) * below[:, -1]
-        return _divide(0.5 * np.vecdot(positive, outranked), pairs)
+        return divide(0.5 * np.vecdot(positive, outranked), pairs)
 
-    return _over_weights(compute, weights, labels.size)
+    return over_weights(compute, weights, labels.size)
 
 
 @overload
@@ -100,9 +109,55 @@ def average_precision(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike |
         # The sum over thresholds is written as a sum over positives: each adds its weight to the recall at its score.
         # Where nothing is called, the positive itself has weight 0 and its precision does not count.
         precision = np.divide(hits, called, out=np.zeros_like(hits), where=called > 0)
-        return _divide(np.vecdot(positive, precision), positive.sum(axis=1))
+        return divide(np.vecdot(positive, precision), positive.sum(axis=1))
 
-    return _over_weights(compute, weights, labels.size)
+    return over_weights(compute, weights, labels.size)
+
+
+@overload
+def sensitivity_at_specificity(
+    labels: ArrayLike, scores: ArrayLike, weights: None = None, *, specificity: float = 0.9
+) -> float: ...
+@overload
+def sensitivity_at_specificity(
+    labels: ArrayLike, scores: ArrayLike, weights: ArrayLike, *, specificity: float = 0.9
+) -> float | FloatArray: ...
+def sensitivity_at_specificity(
+    labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None, *, specificity: float = 0.9
+) -> float | FloatArray:
+    """Return the sensitivity where the specificity is first reached: a point of the ROC curve, not between its points.
+
+        max over thresholds c with  w(s <= c, negative) >= specificity w(negative)  of  w(s > c, positive) / w(positive)
+
+    The threshold is looked for anew in every set of weights, so an interval covers that it was found on the same
+    images. It describes the ranking; what a threshold found on *other* images does is ``decisions.sensitivity``.
+
+    Args:
+        labels: 1 present, 0 absent, NaN not assessed (the row is left out), shape (N,).
+        scores: Any finite numbers, higher means more suspect, shape (N,); only their order matters.
+        weights: None (all 1), one weight per image (N,), or R sets of weights (R, N); finite and >= 0.
+        specificity: Least specificity, in [0, 1].
+    Returns: A number in [0, 1], or (R,) float64 for (R, N) weights; about 1 - ``specificity`` by chance. Without
+        positive or without negative weight: NaN, not an error.
+    Raises: DataError: as :func:`auroc`. ConfigError: ``specificity`` is not in [0, 1].
+    """
+    if not 0 <= specificity <= 1:
+        raise ConfigError(f"specificity is {specificity}; it must lie in [0, 1], 0.9 is usual")
+    labels, scores, _ = assessed(labels, scores)
+    ranking = _rank(labels, scores)
+    above, below = scores[ranking.positives], scores[ranking.negatives]
+    # a threshold at the k-th negative leaves out the positives that score as it does, or less; k = 0 leaves out none
+    left_out = np.concatenate(([0], np.searchsorted(above, below, side="right")))
+
+    def compute(chunk: NDArray[Any]) -> FloatArray:
+        negative = _cumulate(chunk, ranking.negatives)
+        positive = _cumulate(chunk, ranking.positives)
+        least = specificity * (1 - 1e-12) * negative[:, -1:]  # a share of a count is off by rounding
+        k = (negative < least).sum(axis=1)
+        found = positive[:, -1] - np.take_along_axis(positive, left_out[k][:, None], axis=1)[:, 0]
+        return np.where(negative[:, -1] > 0, divide(found, positive[:, -1]), np.nan)
+
+    return over_weights(compute, weights, labels.size)
 
 
 @overload
@@ -120,15 +175,15 @@ def prevalence(labels: ArrayLike, weights: ArrayLike | None = None) -> float | F
     Returns: A number in [0, 1], or (R,) float64 for (R, N) weights. Nothing assessed: NaN, not an error.
     Raises: DataError: as :func:`auroc`.
     """
-    labels = _checked_labels(labels, "")
+    labels = checked_labels(labels, "")
     present = np.flatnonzero(labels == 1)
     either = np.flatnonzero(~np.isnan(labels))
 
     def compute(chunk: NDArray[Any]) -> FloatArray:
         total = chunk.take(either, axis=1).sum(axis=1, dtype=np.float64)
-        return _divide(chunk.take(present, axis=1).sum(axis=1, dtype=np.float64), total)
+        return divide(chunk.take(present, axis=1).sum(axis=1, dtype=np.float64), total)
 
-    return _over_weights(compute, weights, labels.size)
+    return over_weights(compute, weights, labels.size)
 
 
 def assessed(
@@ -144,7 +199,7 @@ def assessed(
     Raises: DataError: shapes disagree, no rows, labels other than 0, 1 and NaN, scores of assessed rows not finite.
     """
     of = f" of {name!r}" if name else ""
-    checked = _checked_labels(labels, of)
+    checked = checked_labels(labels, of)
     values = _as_floats(scores, f"scores{of}")
     if values.shape != checked.shape:
         raise DataError(f"scores{of} have shape {values.shape}, but labels{of} have shape {checked.shape}")
@@ -191,14 +246,23 @@ def _cumulate(chunk: NDArray[Any], rows: RowArray) -> FloatArray:
     return total
 
 
-def _divide(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
-    """Divide; NaN where the denominator is 0, that is where the measure is undefined."""
+def divide(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
+    """Divide; NaN where the denominator is 0, that is where a measure is undefined."""
     return np.divide(numerator, denominator, out=np.full_like(denominator, np.nan), where=denominator > 0)
 
 
-def _over_weights(
+def over_weights(
     compute: Callable[[NDArray[Any]], FloatArray], weights: ArrayLike | None, images: int
 ) -> float | FloatArray:
+    """Compute a measure for one set of weights or for many, in chunks that fit into memory.
+
+    Args:
+        compute: Weights (r, N) -> the measure for each of the r sets, (r,).
+        weights: None (all 1), (N,) or (R, N); finite and >= 0.
+        images: N.
+    Returns: A number, or (R,) for (R, N) weights.
+    Raises: DataError: weights of another shape, not finite or negative.
+    """
     if weights is None:
         return float(compute(np.ones((1, images), dtype=np.uint8))[0])
     checked = _checked_weights(weights, images)
@@ -211,7 +275,11 @@ def _over_weights(
     return values
 
 
-def _checked_labels(labels: ArrayLike, of: str) -> FloatArray:
+def checked_labels(labels: ArrayLike, of: str = "") -> FloatArray:
+    """Labels as float64, (N,).
+
+    Raises: DataError: no rows, or labels other than 0, 1 and NaN; ``of`` says of what.
+    """
     values = _as_floats(labels, f"labels{of}")
     if values.ndim != 1 or not values.size:
         raise DataError(f"labels{of} have shape {values.shape}; expected (N,) with at least one image")

@@ -13,12 +13,14 @@ import numpy as np
 from otcxr.console import Progress
 from otcxr.data.sources import open_again
 from otcxr.errors import DataError
-from otcxr.evaluation.estimates import MEASURES
+from otcxr.evaluation.classifier import write_classifier
+from otcxr.evaluation.labelled import write_draw
+from otcxr.evaluation.tables import TESTS
 from otcxr.evaluation.tasks import EvaluateConfig, Evaluation, evaluate
 from otcxr.nn.encoder import load_encoder
 from otcxr.runs import Run, write_atomic
 
-__all__ = ["evaluate_run", "rows_of", "write_evaluation"]
+__all__ = ["evaluate_run", "measures_of", "rows_of", "write_evaluation"]
 
 
 def evaluate_run(
@@ -28,8 +30,13 @@ def evaluate_run(
     splits: tuple[str, str] = ("train", "test"),
     config: EvaluateConfig | None = None,
     progress: Progress | None = None,
+    *,
+    val: str = "val",
 ) -> Evaluation:
-    """Judge a run's encoder and write ``evaluation/TASK.json``, ``.csv`` and ``.npz`` into its folder.
+    """Judge a run's encoder and write what came of it into its folder.
+
+    ``evaluation/TASK.json``, ``.csv`` and ``.npz``; the drawn labels in ``evaluation/labels/``; for a task with a head
+    ``classifier/TASK/``.
 
     Args:
         run: A run with at least one finished epoch.
@@ -38,6 +45,7 @@ def evaluate_run(
         splits: Split to fit on, split to judge on.
         config: Settings; None takes the defaults. ``size`` 0 becomes the size of the pre-training views.
         progress: Where to show progress.
+        val: Split to validate on; where there is none, patients are held out of the one to fit on.
     """
     config = config or EvaluateConfig()
     encoder = load_encoder(run.path)
@@ -57,8 +65,9 @@ def evaluate_run(
             "by patient (NIH: put train_val_list.txt and test_list.txt beside the label table)"
         )
     evaluation = evaluate(
-        task, encoder, collection, splits, config, cache=run.path / "evaluation" / "features", progress=progress
-    )
+        task, encoder, collection, splits, config, val=val, cache=run.path / "evaluation" / "features",
+        progress=progress,
+    )  # fmt: skip
     evaluation.result["pretraining"] = {"source": facts["source"], "split": trained["split"]}
     if progress is not None and (collection.name, splits[1]) == (facts["source"], trained["split"]):
         progress.say(
@@ -69,17 +78,22 @@ def evaluate_run(
 
 
 def write_evaluation(run: Run, evaluation: Evaluation) -> None:
-    """Write the numbers as JSON and CSV, and the probe with its test scores as arrays."""
+    """Write the numbers as JSON and CSV, the scores as arrays, the drawn labels as lists, and the classifier."""
     name = f"evaluation/{evaluation.task}"
-    probe = evaluation.probe
-    run.write_arrays(
-        f"{name}.npz",
-        {
-            "findings": np.array(probe.findings, dtype=np.str_), "weights": probe.weights, "bias": probe.bias,
-            "strength": probe.strength, "images": np.array(evaluation.images, dtype=np.str_),
-            "scores": evaluation.scores, "labels": evaluation.labels,
-        },
-    )  # fmt: skip
+    arrays = {
+        "findings": np.array(evaluation.material.findings, dtype=np.str_),
+        "images": np.array(evaluation.images, dtype=np.str_), "labels": evaluation.labels,
+    }  # fmt: skip
+    if evaluation.scores is not None:
+        arrays["scores"] = evaluation.scores
+    if (probe := evaluation.probe) is not None:
+        arrays |= {"weights": probe.weights, "bias": probe.bias, "strength": probe.strength}
+    run.write_arrays(f"{name}.npz", arrays)
+    for given in evaluation.draws:
+        file = run.path / "evaluation" / "labels" / f"{given.fraction:g}-seed{given.seed}.csv"
+        write_atomic(file, write_draw(evaluation.material, given))
+    if evaluation.classifier is not None:
+        write_classifier(run.path / "classifier" / evaluation.task, evaluation.classifier)
     rows = rows_of(evaluation.result)
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
@@ -89,24 +103,34 @@ def write_evaluation(run: Run, evaluation: Evaluation) -> None:
     run.write_json(f"{name}.json", evaluation.result)
 
 
+def measures_of(entry: Mapping[str, Any]) -> list[str]:
+    """Names of the measures in the entry of a finding or of the macro mean."""
+    return [name for name, value in entry.items() if isinstance(value, Mapping) and "value" in value]
+
+
 def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Flatten an evaluation to one row per (group of images, finding, measure); the CSV and the printed table.
+    """Flatten an evaluation to one row per (share of labels, group of images, finding, measure); the CSV.
 
     ``value, low, high`` of the pre-trained encoder, of the random one and of their paired difference; ``note`` says why
     something is not estimable.
     """
     rows = []
-    for group, table in [("all", result), *result["within"].items()]:
+    shares = [table["fraction"] for table in result["fractions"]]
+    tables = [(shares[-1], "all", result), *((shares[-1], name, part) for name, part in result["within"].items())]
+    tables += [(table["fraction"], "all", table) for table in result["fractions"][:-1]]
+    for share, group, table in tables:
         for finding in [*table["findings"], "macro"]:
             counts = _pick(table, finding)
-            for measure in MEASURES:
-                row = {"images": group, "finding": finding, "measure": measure, "n": counts["n"],
+            for measure in measures_of(counts):
+                row = {"labels": share, "images": group, "finding": finding, "measure": measure, "n": counts["n"],
                        "positives": counts["positives"], "patients": counts["patients"]}  # fmt: skip
                 for name, part in (("", table), ("random_", table["random"]), ("difference_", table["difference"])):
                     estimate = _pick(part, finding)[measure]
                     row |= {f"{name}{k}": estimate[k] for k in ("value", "low", "high")}
-                row["difference_p_value"] = _pick(table["difference"], finding)[measure]["p_value"]
-                row |= {"note": counts[measure]["note"], "caution": counts[measure]["caution"]}
+                gap = _pick(table["difference"], finding)[measure]
+                row |= {f"difference_{k}": gap.get(k) for k in TESTS}
+                row |= {"seeds": counts[measure]["seeds"], "note": counts[measure]["note"],
+                        "caution": counts[measure]["caution"]}  # fmt: skip
                 rows.append(row)
     return rows
 

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from otcxr.data.geometry import ViewBatch
+from otcxr.data.geometry import ViewBatch, token_valid
+from otcxr.errors import ConfigError, DataError
 from otcxr.nn.encoder import Encoder
 
-__all__ = ["Match", "Method", "Observed", "SSLMethod", "StepOutput", "encode_views", "tokens_of"]
+__all__ = [
+    "Match",
+    "Method",
+    "Observed",
+    "SSLMethod",
+    "StepOutput",
+    "check_at_least",
+    "check_momentum",
+    "check_positive",
+    "check_share",
+    "encode_views",
+    "one_way_plan",
+    "refuse_empty",
+    "tokens_of",
+    "valid_tokens",
+]
 
 
 class Match(NamedTuple):
@@ -37,9 +54,10 @@ class Observed(NamedTuple):
     """What the health panel looks at; detached; filled on health steps only.
 
     Attributes:
-        pooled: (2B, C) pooled features of both views.
+        pooled: (2B, C) pooled features of both views; of the second by the momentum copy where only that one sees it.
         tokens: (B, n, C) tokens of the first view's last map.
-        match: The pairing of the first two views, or None for a method that has none.
+        match: The pairing of the first two views, or None for a method that has none, or whose pairs do not depend on
+            what the encoder says.
     """
 
     pooled: Tensor
@@ -68,6 +86,8 @@ class SSLMethod(nn.Module, ABC):
         settings: An instance of the method's settings dataclass.
     """
 
+    needs_clean: ClassVar[bool] = False  # whether it reads ``ViewBatch.clean``
+
     encoder: Encoder
 
     def __init__(self, encoder: Encoder, settings: Any) -> None:
@@ -83,6 +103,10 @@ class SSLMethod(nn.Module, ABC):
         """Return what the method itself pairs in the first two views; None if it pairs no positions."""
         return None
 
+    def kept(self) -> Encoder:
+        """Return the encoder that is handed out; the trained one unless a method's teacher is its result (DINO)."""
+        return self.encoder
+
     def constant_rate(self) -> Sequence[nn.Parameter]:
         """Return the parameters whose learning rate stays at its peak (SimSiam's predictor)."""
         return ()
@@ -93,10 +117,18 @@ class SSLMethod(nn.Module, ABC):
 
 
 class Method(NamedTuple):
-    """A row of the table of methods. A control is the same class with other settings."""
+    """A row of the table of methods. A control is the same class with other settings.
+
+    Attributes:
+        build: The class.
+        settings: Its settings, with the defaults of this row. They may have a method ``for_images(count)`` that returns
+            them fitted to so many training images (the length of a queue).
+        views: Defaults of ``views`` that differ for this method, such as the number of local views.
+    """
 
     build: type[SSLMethod]
     settings: Any
+    views: Mapping[str, Any] = MappingProxyType({})
 
 
 def encode_views(encoder: Encoder, views: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
@@ -118,3 +150,59 @@ def encode_views(encoder: Encoder, views: Sequence[Tensor]) -> list[tuple[Tensor
 def tokens_of(feature_map: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, h * w, C), row by row."""
     return feature_map.flatten(2).transpose(1, 2)
+
+
+def valid_tokens(batch: ViewBatch, view: int, last: Tensor) -> Tensor:
+    """Valid tokens (B, n) of a global view, of whose last map ``last`` is.
+
+    Raises: DataError: an image has none, so nothing of it can be matched.
+    """
+    valid = token_valid(batch.valid[view], last.shape[-2], last.shape[-1])
+    refuse_empty(valid, ("first", "second")[view])
+    return valid
+
+
+def refuse_empty(valid: Tensor, name: str) -> None:
+    """Raise DataError where an image of the view ``name`` has no valid token (B, n)."""
+    if not valid.any(1).all():
+        sample = int((~valid.any(1)).nonzero()[0])
+        raise DataError(f"the {name} view of sample {sample} of the batch has no valid token: nothing to match")
+
+
+def one_way_plan(partner: Tensor, mass: Tensor, m: int) -> Tensor:
+    """The plan (B, n, m) in which position i sends all of its mass to position ``partner[i]``.
+
+    Args:
+        partner: (B, n) positions in the other view.
+        mass: (B, n).
+        m: Number of positions of the other view.
+    """
+    plan = mass.new_zeros((*mass.shape, m))
+    return plan.scatter(-1, partner.unsqueeze(-1), mass.unsqueeze(-1))
+
+
+def check_at_least(least: float, **values: float) -> None:
+    """Raise ConfigError for the first setting that is below ``least``."""
+    for name, value in values.items():
+        if not value >= least:  # what is no number neither
+            raise ConfigError(f"method.{name} must be at least {least}, received {value}")
+
+
+def check_positive(**values: float) -> None:
+    """Raise ConfigError for the first setting that is not above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"method.{name} must be > 0, received {value}")
+
+
+def check_share(**values: float) -> None:
+    """Raise ConfigError for the first setting that is not in [0, 1]."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"method.{name} must be in [0, 1], received {value}")
+
+
+def check_momentum(momentum: float) -> None:
+    """Raise ConfigError where the momentum of a copy is not in [0, 1]."""
+    if not 0 <= momentum <= 1:
+        raise ConfigError(f"method.momentum must be in [0, 1] (0 copies, 1 never moves), received {momentum}")

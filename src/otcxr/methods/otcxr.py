@@ -13,6 +13,18 @@
         + global_weight (alpha |g_s - g_t|^2 / d + beta [v(g_s) + v(g_t)] / 2 + eta [c(g_s) + c(g_t)])
         + mass_weight mean max(0, ln(mass_area n_valid) - H(mu))
 
+With ``pairing`` other than "transport" L_OT is replaced by the same cost over other pairs (controls of the claim that
+transport helps), masses as weights:
+
+    A = mean over the batch of <P, C>,   P = (P_s + P_t) / 2,   P_s[i, c(i)] = mu_i / sum of mu over known i
+
+with c(i) the partner of position i in the other view and P_t the same from there: the cell at the same place of the
+view ("same-cell"), the valid cell of least cost ("nearest"), or the cell where it truly lies ("geometry", from the
+geometry of the views; positions that the other view does not show have no partner). An image without partners counts 0.
+
+With local views (multi-crop) L is the mean over the pairs (s, t), (s, l) and (t, l) for every local view l; the pairs'
+problems are rectangular. The health panel and ``match`` show the pair (s, t).
+
 v and c are VICReg's variance and covariance terms on the unnormalised q; which rows they see is ``variance_rows``.
 g is a projection of the mean of z over valid tokens. Padding and rotation corners get no mass, are no keys and no rows.
 
@@ -33,9 +45,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from otcxr.data.geometry import ViewBatch, token_valid
+from otcxr.data.geometry import ViewBatch, correspondence, token_centres, token_valid
 from otcxr.distributed import mean_of_rows
-from otcxr.errors import ConfigError, DataError
+from otcxr.errors import ConfigError
 from otcxr.losses import (
     covariance,
     masked_mean,
@@ -44,7 +56,19 @@ from otcxr.losses import (
     variance_at_positions,
     variance_within,
 )
-from otcxr.methods.base import Match, Observed, SSLMethod, StepOutput, encode_views, tokens_of
+from otcxr.methods.base import (
+    Match,
+    Observed,
+    SSLMethod,
+    StepOutput,
+    check_at_least,
+    check_positive,
+    encode_views,
+    one_way_plan,
+    refuse_empty,
+    tokens_of,
+    valid_tokens,
+)
 from otcxr.nn.attention import CrossViewAttention
 from otcxr.nn.encoder import Encoder, pool
 from otcxr.nn.heads import ProjectionHead, TokenProjector
@@ -54,6 +78,7 @@ __all__ = ["OTCXR", "OTCXRSettings"]
 
 _ROWS = ("pooled", "tokens", "position", "within-image")
 _MASSES = ("score", "attention", "uniform")
+_PAIRINGS = ("transport", "same-cell", "nearest", "geometry")
 
 
 @dataclass(frozen=True)
@@ -66,12 +91,13 @@ class OTCXRSettings:
         mass_gradient: Let the transport term train the masses. False only with "attention": a score head without
             gradient would stay as it was made. Without gradient and without ``infuse`` nothing trains CV-SIM: it is a
             fixed random attention, and the masses are nearly uniform. With gradient, masses were seen to gather on
-            tokens that are all alike, where every match is cheap (docs/otcxr.md).
+            tokens that are all alike, where every match is cheap (docs/methods/otcxr.md).
         temperature: Of the softmax of the scores.
         floor: kappa in mu <- (1 - kappa) mu + kappa / n_valid; without one all mass can fall on one cell.
         mass_area: Share of the valid tokens that the masses should at least spread over, as exp(H) / n_valid.
         mass_weight: Weight of max(0, ln(mass_area n_valid) - H), mean over both views; 0 switches it off.
         infuse: Add R to z before the projector.
+        pairing: Which positions are aligned: by "transport", or, as controls, "same-cell", "nearest" or "geometry".
         heads: Heads of the cross-view attention.
         hidden: Hidden width of the token projector.
         outputs: d, dimensions of q.
@@ -101,6 +127,7 @@ class OTCXRSettings:
     mass_area: float = 0.5
     mass_weight: float = 25.0
     infuse: bool = False
+    pairing: str = "transport"
     heads: int = 8
     hidden: int = 512
     outputs: int = 128
@@ -122,6 +149,8 @@ class OTCXRSettings:
     def __post_init__(self) -> None:
         if self.mass not in _MASSES:
             raise ConfigError(f"method.mass must be one of {', '.join(_MASSES)}, received '{self.mass}'")
+        if self.pairing not in _PAIRINGS:
+            raise ConfigError(f"method.pairing must be one of {', '.join(_PAIRINGS)}, received '{self.pairing}'")
         unknown = [rows for rows in self.variance_rows if rows not in _ROWS]
         if unknown:
             raise ConfigError(f"method.variance_rows may hold {', '.join(_ROWS)}; received '{unknown[0]}'")
@@ -134,12 +163,9 @@ class OTCXRSettings:
                               f"and {self.mass_area}")  # fmt: skip
         sizes = ("heads", "hidden", "outputs", "global_hidden", "global_outputs")
         weights = ("alpha", "beta", "eta", "global_weight", "mass_weight", "within_target")
-        for names, least in ((sizes, 1), (weights, 0)):
-            for name in names:
-                if getattr(self, name) < least:
-                    raise ConfigError(f"method.{name} must be at least {least}, received {getattr(self, name)}")
-        if self.temperature <= 0 or self.epsilon <= 0 or self.tolerance <= 0 or self.max_iterations < 1:
-            raise ConfigError("method.temperature, epsilon and tolerance must be > 0 and max_iterations >= 1")
+        check_at_least(1, **{name: getattr(self, name) for name in (*sizes, "max_iterations")})
+        check_at_least(0, **{name: getattr(self, name) for name in weights})
+        check_positive(temperature=self.temperature, epsilon=self.epsilon, tolerance=self.tolerance)
         if self.objective not in ("value", "sharp"):
             raise ConfigError(f"method.objective must be 'value' or 'sharp', received '{self.objective}'")
         if self.reach is not None and not self.reach > 0:
@@ -147,14 +173,17 @@ class OTCXRSettings:
 
 
 class _Pair(NamedTuple):
-    """Everything about one pair of views: tokens z, masses, projections q, transport, attention of s on t."""
+    """Everything about one pair of views: tokens z, masses, projections q, the plan and what it costs (B,), how it was
+    solved (None where nothing was), attention of s on t."""
 
     tokens: tuple[Tensor, Tensor]
     valid: tuple[Tensor, Tensor]
     masses: tuple[Tensor, Tensor]
     projections: tuple[Tensor, Tensor]
     cost: Tensor
-    transport: Transport
+    plan: Tensor
+    value: Tensor
+    solved: Transport | None
     attention: Tensor | None
 
 
@@ -179,15 +208,35 @@ class OTCXR(SSLMethod):
         self.score = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1)) if settings.mass == "score" else None
 
     def forward(self, batch: ViewBatch, *, observe: bool = False) -> StepOutput:
+        maps = encode_views(self.encoder, batch.views)
+        chosen = [(0, 1), *((g, v) for g in (0, 1) for v in range(2, len(maps)))]
+        pairs = [self._pair(maps, batch, views) for views in chosen]
+        judged = [self._judge(pair) for pair in pairs]
+        loss = torch.stack([one for one, _ in judged]).mean()
+        terms = {name: torch.stack([torch.as_tensor(t[name]).detach() for _, t in judged]) for name in judged[0][1]}
+        observed = None
+        if observe:
+            pooled = torch.cat((pool(maps[0]), pool(maps[1]))).detach()
+            # pairs that are fixed beforehand say nothing of the features, so there is nothing to judge in them
+            shown = _match(pairs[0]) if self.settings.pairing in ("transport", "nearest") else None
+            observed = Observed(pooled, pairs[0].tokens[0].detach(), shown)
+        return StepOutput(loss, {n: t.max() if n == "residual" else t.mean() for n, t in terms.items()}, observed)
+
+    @torch.no_grad()
+    def match(self, batch: ViewBatch) -> Match:
+        return _match(self._pair(encode_views(self.encoder, batch.views[:2]), batch, (0, 1)))
+
+    def _judge(self, pair: _Pair) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and terms of one pair of views."""
         s = self.settings
-        maps = encode_views(self.encoder, batch.views[:2])
-        pair = self._pair(maps[0][-1], maps[1][-1], batch)
-        transport = pair.transport.value.mean()
+        aligned = pair.value.mean()
         means = [masked_mean(q, valid) for q, valid in zip(pair.projections, pair.valid, strict=True)]
-        spread = sum(self._variance(*view) for view in zip(pair.projections, pair.valid, means, strict=True)) / 2
-        correlation = sum(self._covariance(*view) for view in zip(pair.projections, pair.valid, means, strict=True))
-        loss = s.alpha * transport + s.beta * spread + s.eta * correlation
-        terms = {"transport": transport, "variance": spread, "covariance": correlation}
+        rows = list(zip(pair.projections, pair.valid, means, strict=True))
+        spread = torch.stack([self._variance(*view) for view in rows]).sum() / 2
+        correlation = torch.stack([self._covariance(*view) for view in rows]).sum()
+        loss = s.alpha * aligned + s.beta * spread + s.eta * correlation
+        name = "transport" if s.pairing == "transport" else "alignment"
+        terms = {name: aligned, "variance": spread, "covariance": correlation}
         if self.pooled_projector is not None:
             terms |= self._global(pair)
             loss = loss + s.global_weight * (
@@ -196,30 +245,21 @@ class OTCXR(SSLMethod):
         if s.mass_weight > 0 and s.mass_gradient and s.mass != "uniform":
             terms["mass"] = sum(map(self._concentration, pair.masses, pair.valid), loss.new_zeros(())) / 2
             loss = loss + s.mass_weight * terms["mass"]
-        with torch.no_grad():  # what the transport costs when nothing is matched: P = mu nu^T
+        with torch.no_grad():  # what it costs when nothing is matched: P = mu nu^T
             mu, nu = pair.masses
-            terms["transport_chance"] = (mu.unsqueeze(-1) * pair.cost * nu.unsqueeze(-2)).sum((-1, -2)).mean()
-        terms["residual"] = pair.transport.residual.max()
-        terms["iterations"] = pair.transport.iterations.to(loss.dtype).mean()
-        observed = None
-        if observe:
-            pooled = torch.cat((pool(maps[0]), pool(maps[1]))).detach()
-            observed = Observed(pooled, pair.tokens[0].detach(), _match(pair))
-        return StepOutput(loss, {name: torch.as_tensor(term).detach() for name, term in terms.items()}, observed)
+            terms[f"{name}_chance"] = (mu.unsqueeze(-1) * pair.cost * nu.unsqueeze(-2)).sum((-1, -2)).mean()
+        if pair.solved is not None:
+            terms["residual"] = pair.solved.residual.max()
+            terms["iterations"] = pair.solved.iterations.to(loss.dtype).mean()
+        return loss, terms
 
-    @torch.no_grad()
-    def match(self, batch: ViewBatch) -> Match:
-        maps = encode_views(self.encoder, batch.views[:2])
-        return _match(self._pair(maps[0][-1], maps[1][-1], batch))
-
-    def _pair(self, map_s: Tensor, map_t: Tensor, batch: ViewBatch) -> _Pair:
+    def _pair(self, maps: list[tuple[Tensor, ...]], batch: ViewBatch, views: tuple[int, int]) -> _Pair:
         s = self.settings
-        valid_s = token_valid(batch.valid[0], *map_s.shape[-2:])
-        valid_t = token_valid(batch.valid[1], *map_t.shape[-2:])
-        for name, valid in (("first", valid_s), ("second", valid_t)):
-            if not valid.any(1).all():
-                sample = int((~valid.any(1)).nonzero()[0])
-                raise DataError(f"the {name} view of sample {sample} of the batch has no valid token: nothing to match")
+        map_s, map_t = (maps[v][-1] for v in views)
+        valid_s, valid_t = (
+            valid_tokens(batch, v, maps[v][-1]) if v < 2 else _local_tokens(batch.valid[v], maps[v][-1], v - 1)
+            for v in views
+        )
         z_s, z_t = tokens_of(map_s), tokens_of(map_t)
         r_s = r_t = weights_s = weights_t = None
         if self.cross_view is not None:
@@ -235,11 +275,47 @@ class OTCXR(SSLMethod):
             wide_s, wide_t = at_least_float32(q_s), at_least_float32(q_t)
             centre = mean_of_rows(torch.cat((wide_s[valid_s], wide_t[valid_t])))[0] if s.centred_cost else 0.0
             cost = cosine_cost(wide_s - centre, wide_t - centre)
-        transport = sinkhorn(
-            cost, mu, nu, epsilon=s.epsilon, tolerance=s.tolerance, max_iterations=s.max_iterations,
-            objective=s.objective, reach=s.reach,
-        )  # fmt: skip
-        return _Pair((z_s, z_t), (valid_s, valid_t), (mu, nu), (q_s, q_t), cost, transport, weights_s)
+        solved = None
+        if s.pairing == "transport":
+            solved = sinkhorn(
+                cost, mu, nu, epsilon=s.epsilon, tolerance=s.tolerance, max_iterations=s.max_iterations,
+                objective=s.objective, reach=s.reach,
+            )  # fmt: skip
+            plan, value = solved.plan, solved.value
+        else:
+            grids = (map_s.shape[-2], map_s.shape[-1]), (map_t.shape[-2], map_t.shape[-1])
+            plan = self._paired(cost, (mu, nu), (valid_s, valid_t), grids, batch.geometry[list(views)])
+            value = (plan * cost).sum((-1, -2))
+        return _Pair((z_s, z_t), (valid_s, valid_t), (mu, nu), (q_s, q_t), cost, plan, value, solved, weights_s)
+
+    def _paired(
+        self,
+        cost: Tensor,
+        masses: tuple[Tensor, Tensor],
+        valid: tuple[Tensor, Tensor],
+        grids: tuple[tuple[int, int], tuple[int, int]],
+        geometry: Tensor,
+    ) -> Tensor:
+        """The plan (B, n, m) of a pairing that is no transport: half from each view to the other."""
+        plans = []
+        for v, costs in ((0, cost), (1, cost.mT)):
+            w = 1 - v
+            if self.settings.pairing == "same-cell":
+                partner = _same_place(grids[v], grids[w], cost.device).expand(len(cost), -1)
+                known = valid[v] & valid[w].gather(1, partner)
+            elif self.settings.pairing == "nearest":
+                partner = costs.detach().masked_fill(~valid[w].unsqueeze(1), float("inf")).argmin(-1)
+                known = valid[v]
+            else:
+                true = correspondence(
+                    geometry[v], geometry[w], valid[v], valid[w], grids[v], grids[w],
+                    self.encoder.first_centre,
+                )  # fmt: skip
+                partner, known = true.cell.clamp_min(0), true.known
+            weight = masses[v] * known
+            weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+            plans.append(one_way_plan(partner, weight, costs.shape[-1]))
+        return (plans[0] + plans[1].mT) / 2
 
     def _mass(self, infused: Tensor | None, received: Tensor | None, valid: Tensor, other_valid: Tensor) -> Tensor:
         """Masses of one view (B, n), at least float32.
@@ -305,7 +381,28 @@ class OTCXR(SSLMethod):
         return (wanted - entropy(torch.where(valid, mass, 1.0))).clamp_min(0).mean()
 
 
+def _local_tokens(valid: Tensor, last: Tensor, number: int) -> Tensor:
+    """Valid tokens (B, n) of a local view; of one that shows little, at least the most valid one.
+
+    Raises: DataError: an image shows nothing at all in it.
+    """
+    height, width = last.shape[-2:]
+    tokens = token_valid(valid, height, width)
+    covered = nn.functional.adaptive_avg_pool2d(valid.to(last.dtype), (height, width)).flatten(1)
+    best = nn.functional.one_hot(covered.argmax(1), covered.shape[1]).bool() & (covered > 0)
+    tokens = torch.where(tokens.any(1, keepdim=True), tokens, best)
+    refuse_empty(tokens, f"local ({number}.)")
+    return tokens
+
+
+def _same_place(grid: tuple[int, int], other: tuple[int, int], device: torch.device) -> Tensor:
+    """For each cell of a grid the cell of another one that holds its middle, both spread over the same square: (n,)."""
+    place = token_centres(*grid, device)
+    column, row = ((place[:, k] * other[1 - k]).floor().long().clamp_max(other[1 - k] - 1) for k in (0, 1))
+    return row * other[1] + column
+
+
 def _match(pair: _Pair) -> Match:
     attention = None if pair.attention is None else pair.attention.detach()
     mu, nu = pair.masses
-    return Match(pair.cost.detach(), mu.detach(), nu.detach(), pair.transport.plan.detach(), attention)
+    return Match(pair.cost.detach(), mu.detach(), nu.detach(), pair.plan.detach(), attention)

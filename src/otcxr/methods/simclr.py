@@ -3,7 +3,8 @@
     h = mean of the last map,   z = head(h),   L = NT-Xent(z_1, z_2)      (losses.nt_xent)
 
 Source: Chen et al., ICML 2020, arXiv:2002.05709. What differs: radiograph views instead of colour distortions, AdamW
-instead of LARS (a setting of the training, the same for all methods), a head width that suits small encoders.
+instead of LARS (a setting of the training, the same for all methods), a head width that suits small encoders. The
+published numbers: ``configs/published/simclr.yaml``.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import torch
 
 from otcxr.data.geometry import ViewBatch
 from otcxr.distributed import processes
-from otcxr.errors import ConfigError
 from otcxr.losses import nt_xent, nt_xent_chance
-from otcxr.methods.base import Observed, SSLMethod, StepOutput, encode_views, tokens_of
+from otcxr.methods.base import Observed, SSLMethod, StepOutput, check_at_least, check_positive, encode_views, tokens_of
 from otcxr.nn.encoder import Encoder, pool
 from otcxr.nn.heads import ProjectionHead
 
@@ -38,10 +38,8 @@ class SimCLRSettings:
     temperature: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.hidden < 1 or self.outputs < 1:
-            raise ConfigError(f"method.hidden and outputs must be at least 1, received {self.hidden}, {self.outputs}")
-        if self.temperature <= 0:
-            raise ConfigError(f"method.temperature must be > 0, received {self.temperature}")
+        check_at_least(1, hidden=self.hidden, outputs=self.outputs)
+        check_positive(temperature=self.temperature)
 
 
 class SimCLR(SSLMethod):

@@ -51,5 +51,5 @@ class CrossViewAttention(nn.Module):
             wide = torch.promote_types(q.dtype, torch.float32)
             logits = (q.to(wide) @ k.to(wide).transpose(-1, -2)) / size**0.5
             weights = logits.masked_fill(~other_valid[:, None, None, :], float("-inf")).softmax(-1)
-        infused = (weights.to(v.dtype) @ v).transpose(1, 2).reshape(batch, n, dim)
-        return self.out(infused), weights
+            infused = (weights @ v.to(wide)).transpose(1, 2).reshape(batch, n, dim)
+        return self.out(infused.to(v.dtype)), weights

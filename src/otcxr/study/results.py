@@ -1,0 +1,330 @@
+"""From the cells of a study to its numbers: a table with intervals, paired differences, label efficiency."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from otcxr.config import digest, to_plain
+from otcxr.data.sources import open_collection
+from otcxr.errors import DataError
+from otcxr.evaluation.estimates import BootstrapSettings
+from otcxr.evaluation.labelled import Part, part_of
+from otcxr.evaluation.resampling import Column, Drawn, draw
+from otcxr.evaluation.statistics import (
+    as_json,
+    common_findings,
+    compare_drawn,
+    holm,
+    pool_seeds,
+    ranking_columns,
+    tabulate,
+)
+from otcxr.evaluation.subgroups import attribute_of
+from otcxr.evaluation.tables import mean_of_positives
+from otcxr.report import write_study_page
+from otcxr.runs import write_atomic
+from otcxr.study.cells import chosen_point, external_collection, read_cell, unpack
+from otcxr.study.markdown import write_markdown
+from otcxr.study.spec import IMAGENET, RANDOM, Study, Unit
+
+__all__ = ["collect", "write_results"]
+
+_KEPT = ("value", "low", "high", "note", "caution", "seeds", "seed_deviation")
+_DIFFERENCE = (*_KEPT, "p_value", "p_holm", "excludes_zero", "detectable")
+
+
+class _Cells(NamedTuple):
+    """The cells of one row and task, by seed."""
+
+    row: str
+    seeds: tuple[int, ...]
+    cells: tuple[dict[str, Any], ...]
+
+
+def collect(study: Study, out: Path) -> dict[str, Any]:
+    """Compute every number of a study from its cells; the images' labels are read again, their pixels are not.
+
+    Returns: {study, rows: {row: how its trainings went}, tasks: {task: {share: {test: {rows, to_reference, to_random,
+        within}}}}}; differences are paired over the seeds that both rows have.
+    Raises: DataError: no cell is there, or the cells were made on other images.
+    """
+    chosen = {row.name: _chosen(study, out, row.name) for row in study.rows}
+    made = {task: _cells(study, out, task, chosen) for task in study.tasks}
+    if not any(made.values()):
+        raise DataError(f"{out} holds no finished cell of the study {study.name}; run it first")
+    findings = tuple(next(cells.cells[0]["findings"] for found in made.values() for cells in found))
+    first = next(cells.cells[0] for found in made.values() for cells in found)
+    _refuse_different(cells for found in made.values() for cells in found)
+    parts = _parts(study, findings, first)
+    settings = BootstrapSettings(study.evaluate.resamples, study.evaluate.seed, study.evaluate.level)
+    tasks: dict[str, Any] = {}
+    for task, found in made.items():
+        if found:
+            shares = tasks[task] = {share: {} for share in first_shares(found)}
+            for test, part in parts.items():
+                for share, table in _tables(study, found, list(shares), test, part, findings, settings).items():
+                    shares[share][test] = table
+    units = study.units()
+    missing = [u.name for u in units if any(u.seed not in _seeds_of(made[t], u.row) for t in study.tasks)]
+    return {
+        "study": {
+            "name": study.name, "text": study.text, "reference": study.reference, "seeds": list(study.seeds),
+            "source": study.source, "tasks": list(study.tasks), "settings": to_plain(study.evaluate),
+            "grid": to_plain(study.grid), "external": [e.name for e in study.external],
+            "pretrain": _shared(study),
+        },
+        "findings": list(findings),
+        "images": {
+            test: {"images": len(part.records), "patients": len(set(part.patients.tolist()))}
+            for test, part in parts.items()
+        },
+        "splits": first["splits"],
+        "rows": {row.name: _trained(study, out, row.name) for row in study.rows},
+        "tasks": tasks,
+        "missing": missing,
+    }  # fmt: skip
+
+
+def _refuse_different(rows: Iterable[_Cells]) -> None:
+    """Rows are compared pair by pair: all cells must be of the same images, and of a seed of the same labels.
+
+    Raises: DataError: they are not.
+    """
+    seen: dict[Any, tuple[Any, str]] = {}
+    for row in rows:
+        for seed, cell in zip(row.seeds, row.cells, strict=True):
+            facts: dict[Any, Any] = {"images": cell["images"], "findings": cell["findings"], "skipped": cell["skipped"],
+                     "splits": cell["splits"]}  # fmt: skip
+            facts |= {(seed, share): one["labels"]["digest"] for share, one in cell["shares"].items()}
+            for key, value in facts.items():
+                first, name = seen.setdefault(key, (value, f"{row.row}, seed {seed}"))
+                if first != value:
+                    raise DataError(
+                        f"the cells of {name} and of {row.row}, seed {seed}, were made with different "
+                        f"{'labels' if isinstance(key, tuple) else key}: the source has changed in between. Remove the "
+                        "cells that were made on the old one and run the study again"
+                    )
+
+
+def write_results(study: Study, out: Path, *, from_cells: bool = True) -> Path:
+    """Write ``results.json`` from the cells (or take the one that is there), the tables and the page.
+
+    Returns: The page.
+    """
+    path = out / "results.json"
+    if from_cells:
+        write_atomic(path, json.dumps(collect(study, out), allow_nan=False) + "\n")
+    elif not path.is_file():
+        raise DataError(f"{path} is missing; run the study first")
+    results = json.loads(path.read_text())
+    for name, text in write_markdown(results).items():
+        write_atomic(out / name, text)
+    return write_study_page(results, out / "report.html")
+
+
+def first_shares(found: Sequence[_Cells]) -> list[str]:
+    """The shares of labels, falling from all to few as they stand in the cells."""
+    return sorted(found[0].cells[0]["shares"], key=float, reverse=True)
+
+
+def _chosen(study: Study, out: Path, row: str) -> dict[str, Any]:
+    """The tuned settings of a row, as far as it is tuned: until then it has no cells either."""
+    try:
+        return chosen_point(study, out, row)
+    except DataError:
+        return {}
+
+
+def _cells(study: Study, out: Path, task: str, chosen: Mapping[str, Any]) -> list[_Cells]:
+    rows = []
+    for row in study.rows:
+        there = []
+        for seed in study.seeds:
+            cell = read_cell(study, Unit(row.name, seed), out, task, chosen.get(row.name, {}))
+            if cell is not None:
+                there.append((seed, cell))
+        if there:
+            rows.append(_Cells(row.name, tuple(s for s, _ in there), tuple(c for _, c in there)))
+    return rows
+
+
+def _seeds_of(found: Sequence[_Cells], row: str) -> tuple[int, ...]:
+    return next((cells.seeds for cells in found if cells.row == row), ())
+
+
+def _parts(study: Study, findings: tuple[str, ...], cell: Mapping[str, Any]) -> dict[str, Part]:
+    """Labels and patients of the judged images, checked against what the cells were made on."""
+    sources = {study.test: (open_collection(study.source), study.test)}
+    for entry in study.external:
+        sources[entry.name] = external_collection(open_collection(entry.source), entry.labels), entry.split
+    parts = {}
+    for test, (collection, split) in sources.items():
+        records = (collection.split(split) if split else collection).records
+        broken = set(cell["skipped"][test])
+        part = part_of(test, [record for record in records if record.name not in broken], findings)
+        if digest([record.name for record in part.records]) != cell["images"][test]:
+            raise DataError(
+                f"{collection.name} no longer holds the images that the cells of {study.name} were judged on"
+            )
+        parts[test] = part
+    return parts
+
+
+def _tables(
+    study: Study, found: Sequence[_Cells], shares: Sequence[str], test: str, part: Part, findings: tuple[str, ...],
+    settings: BootstrapSettings,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """The table of every share of labels, pooled and within groups."""
+    tables = _rows(study, found, shares, test, part, findings, settings, None)
+    for table in tables.values():
+        table["within"] = {}
+    for attribute in study.evaluate.within:
+        values = np.array([attribute_of(record, attribute) or "unknown" for record in part.records])
+        for value in sorted(set(values.tolist())):
+            rows = values == value
+            if not rows.all():
+                own = part.take(np.flatnonzero(rows))
+                inside = _rows(study, found, shares, test, own, findings, settings, rows)
+                for share, table in inside.items():
+                    tables[share]["within"][f"{attribute}={value}"] = table
+    return tables
+
+
+def _rows(
+    study: Study, found: Sequence[_Cells], shares: Sequence[str], test: str, part: Part, findings: tuple[str, ...],
+    settings: BootstrapSettings, rows: Any,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """By share of labels: every row, its difference to the reference and to random.
+
+    Means are over the findings that are estimable for every row at every share: a mean over others would be another
+    number, and a curve through it would show which findings came in. A share at which fewer than half of those are
+    that the largest share has, gets no mean.
+    """
+    drawn = {
+        share: {
+            cells.row: draw(part.labels, _columns(cells, share, test, rows), part.patients, findings, settings)
+            for cells in found
+        }
+        for share in shares
+    }
+    over = common_findings(
+        {
+            share: [
+                f
+                for f, finding in enumerate(findings)
+                if not any(n[f] for one in row.values() for n in one.notes.values())
+            ]
+            for share, row in drawn.items()
+        }
+    )
+    seeds = {cells.row: cells.seeds for cells in found}
+    return {
+        share: _one_share(study, one, seeds, [findings[f] for f in over[share]])
+        | {"mean_over": [findings[f] for f in over[share]]}
+        for share, one in drawn.items()
+    }
+
+
+def _one_share(
+    study: Study, drawn: Mapping[str, Drawn], seeds: Mapping[str, tuple[int, ...]], over: Sequence[str]
+) -> dict[str, Any]:
+    # trained rows may be taken to vary alike over seeds until they are seen not to; weights from elsewhere do not vary
+    trained = [name for name in drawn if study.row(name).config is not None]
+
+    def others(names: tuple[str, ...], wanted: tuple[int, ...] = ()) -> list[Mapping[str, Any]]:
+        if IMAGENET in names:
+            return []
+        return [drawn[name].values for name in trained if name not in names and (not wanted or seeds[name] == wanted)]
+
+    out: dict[str, Any] = {
+        "rows": {
+            name: _short(as_json(tabulate(one, pool_seeds(one.values, others((name,))), over)), _KEPT)
+            for name, one in drawn.items()
+        }
+    }
+    for key, base in (("to_reference", study.reference), ("to_random", RANDOM)):
+        if base not in drawn:
+            continue
+        gaps = {}
+        for name, one in drawn.items():
+            common = tuple(s for s in seeds[name] if s in seeds[base])
+            if name == base or not common:
+                continue
+            a, b = _of_seeds(one, seeds[name], common), _of_seeds(drawn[base], seeds[base], common)
+            apart = {measure: a.values[measure] - b.values[measure] for measure in a.values}
+            pool = pool_seeds(apart, others((name, base), common), of_differences=True)
+            gaps[name] = _short(_differences(as_json(compare_drawn(a, b, pool=pool, over=over))), _DIFFERENCE)
+        for measure in next(iter(drawn.values())).columns:
+            p = holm([gap["macro"].get(measure, {}).get("p_value") for gap in gaps.values()])
+            for gap, corrected in zip(gaps.values(), p, strict=True):
+                if measure in gap["macro"]:
+                    gap["macro"][measure]["p_holm"] = corrected  # over the rows
+        out[key] = gaps
+    return out
+
+
+def _columns(cells: _Cells, share: str, test: str, rows: Any) -> dict[str, Column]:
+    shares = [cell["shares"][share] for cell in cells.cells]
+    fitted = np.all([one["fitted"] for one in shares], axis=0)
+    notes = ["" if ok else "not fitted: too few patients with, or without, it among the labelled" for ok in fitted]
+    names = list(shares[0]["tests"][test])
+    arrays = {name: np.stack([unpack(one["tests"][test][name]) for one in shares]) for name in names}
+    if rows is not None:
+        arrays = {name: array[:, rows] for name, array in arrays.items()}
+    if names == ["score"]:
+        return {name: column._replace(notes=notes) for name, column in ranking_columns(arrays["score"]).items()}
+    return {name: Column(array, mean_of_positives, notes) for name, array in arrays.items()}
+
+
+def _of_seeds(drawn: Drawn, seeds: Sequence[int], wanted: Sequence[int]) -> Drawn:
+    """The same for some of its seeds."""
+    place = [seeds.index(seed) for seed in wanted]
+    return drawn._replace(
+        values={name: value[:, place] for name, value in drawn.values.items()},
+        draws={name: value[:, place] for name, value in drawn.draws.items()},
+    )
+
+
+def _differences(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The differences of a comparison in the shape of a table."""
+
+    def pick(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v["difference"] if isinstance(v, dict) else v for k, v in row.items()}
+
+    return {"findings": {f: pick(row) for f, row in plain["findings"].items()}, "macro": pick(plain["macro"])}
+
+
+def _short(plain: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
+    """A table with what the page needs of every estimate."""
+
+    def cut(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: {n: v[n] for n in kept if n in v} if isinstance(v, dict) else v for k, v in row.items()}
+
+    return {"findings": {f: cut(row) for f, row in plain["findings"].items()}, "macro": cut(plain["macro"])}
+
+
+def _trained(study: Study, out: Path, row: str) -> list[dict[str, Any]]:
+    """How the trainings of a row went, by seed."""
+    found = []
+    for seed in study.seeds:
+        path = out / "cells" / f"{Unit(row, seed).name}.train.json"
+        if path.is_file():
+            cell = json.loads(path.read_text())
+            keys = ("tuned", "last", "health", "verdict", "images_per_s", "elapsed_s", "environment")
+            found.append({"seed": seed, **{k: cell[k] for k in keys if k in cell}})
+    return found
+
+
+def _shared(study: Study) -> dict[str, Any]:
+    """What all trainings have in common."""
+    from otcxr.settings import config_to_plain
+
+    first = study.rows[0].config
+    assert first is not None
+    plain = config_to_plain(first)
+    return {name: plain[name] for name in ("data", "encoder", "train")} | {"views_size": plain["views"]["size"]}
