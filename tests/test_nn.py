@@ -397,3 +397,25 @@ def test_projection_head():
     assert out.shape == vicreg(x).shape == (32, 4)
     torch.testing.assert_close(out.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(out.var(0, correction=0), torch.ones(4), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("width", [4, 8, 12, 16])
+def test_gradients_of_narrow_shortcuts_are_right_channels_last(width):
+    """Where oneDNN's own gradient of a strided 1x1 convolution writes beyond its workspace, and where it does not."""
+    encoder = build_encoder("resnet18", width=width, seed=0)
+    shortcut = encoder.layer2[0].downsample
+    assert [name for name, _ in shortcut.named_parameters()] == ["0.weight", "1.weight", "1.bias"]
+    conv = shortcut[0].to(memory_format=torch.channels_last)
+    for side in (8, 9, 16):
+        x = torch.randn(4, width, side, side).to(memory_format=torch.channels_last).requires_grad_()
+        y = conv(x)
+        g = torch.randn_like(y)
+        conv.weight.grad = None
+        y.backward(g)
+        taken = x.detach()[..., ::2, ::2].double()
+        expected = torch.einsum("bohw,bihw->oi", g.double(), taken)
+        torch.testing.assert_close(conv.weight.grad.double()[..., 0, 0], expected,
+                                   rtol=1e-4, atol=1e-4)  # fmt: skip
+        expected = torch.zeros_like(x, dtype=torch.float64)
+        expected[..., ::2, ::2] = torch.einsum("bohw,oi->bihw", g.double(), conv.weight.detach().double()[..., 0, 0])
+        torch.testing.assert_close(x.grad.double(), expected, rtol=1e-4, atol=1e-4)

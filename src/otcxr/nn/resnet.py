@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from otcxr.nn.encoder import Architecture, Encoder
 
@@ -20,9 +21,26 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: str 
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False, padding_mode=mode)
 
 
+class _StridedPointwise(nn.Conv2d):
+    """A 1x1 convolution of every ``stride``-th position, the positions taken first.
+
+    oneDNN's gradient of a strided 1x1 convolution, channels last, writes beyond its workspace where there are fewer
+    channels than lanes, 8 or 16: crashes, hangs or wrong gradients (uxlfoundation/oneDNN issue 6035, seen with 3.12).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return functional.conv2d(x[..., ::rows, ::columns], self.weight)
+
+
+_LANES = 16  # from this many channels on the gradient of a strided 1x1 convolution is right
+
+
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and inputs == outputs:
         return None
+    if stride > 1 and inputs < _LANES:
+        return nn.Sequential(_StridedPointwise(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
     return nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
 
