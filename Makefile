@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/otcxr demo --out runs/demo
 
+# of each process: more threads than cores only wait for each other
+test test-slow: export OMP_NUM_THREADS = 1
+
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 

@@ -31,7 +31,7 @@ from otcxr.evaluation.finetune import FinetuneConfig, finetune, masked_cross_ent
 from otcxr.evaluation.labelled import draw_labels, gather, nested_order, write_draw
 from otcxr.evaluation.metrics import auroc
 from otcxr.evaluation.predictions import evaluate_predictions, read_predictions
-from otcxr.evaluation.statistics import BootstrapSettings, compare_scores, patient_weights
+from otcxr.evaluation.statistics import BootstrapSettings, compare_scores, patient_weights, smallest_difference
 from otcxr.evaluation.subgroups import age_band, attribute_of, measure_subgroups
 from otcxr.evaluation.tasks import EvaluateConfig
 from otcxr.nn.encoder import build_encoder
@@ -166,6 +166,34 @@ def test_every_task_gives_the_same_kind_of_result(judged, task):
     assert (evaluation.classifier is None) == (task in ("knn", "retrieval"))
     assert {"fit", "val", "test"} == result["splits"].keys()
     assert result["power"]["level"] == 0.95
+
+
+def test_thresholds_and_recalibration_are_those_of_the_validation_images_alone(judged):
+    encoder = build_encoder("resnet18", width=4, stride=16, seed=11)
+    collection = open_collection(SOURCE)
+    test = [i for i, record in enumerate(collection.records) if record.split == "test"]
+    records = list(collection.records)
+    for i, j in zip(test, [*test[7:], *test[:7]], strict=True):
+        records[i] = records[i]._replace(labels=collection.records[j].labels)
+    other = evaluate("linear", encoder, collection._replace(records=records), ("train", "test"), QUICK).result
+    own = judged["linear"].result
+    assert other["decisions"] == own["decisions"]
+    assert other["findings"]["Edema"]["auroc"] != own["findings"]["Edema"]["auroc"]
+    assert any(p["threshold"] is not None for p in own["decisions"]["Edema"]["operating_points"])
+
+
+def test_what_could_be_seen_follows_from_the_interval_of_the_difference(judged):
+    result = judged["linear"].result
+    known = [f for f, row in result["difference"]["findings"].items() if row["auroc"]["value"] is not None]
+    assert known
+    for finding in known:
+        gap = result["difference"]["findings"][finding]["auroc"]
+        half = (gap["high"] - gap["low"]) / 2
+        for name, tests in (("findings", 1), ("findings_holm", len(known))):
+            assert result["power"][name][finding] == pytest.approx(smallest_difference(half, 0.95, tests))
+    gap = result["difference"]["macro"]["auroc"]
+    assert result["power"]["macro"] == pytest.approx(smallest_difference((gap["high"] - gap["low"]) / 2, 0.95))
+    assert "random networks" in result["power"]["to"]
 
 
 def test_tasks_judge_the_same_images_with_the_same_labels(judged):
@@ -571,6 +599,42 @@ def test_two_tables_are_compared_image_by_image(tmp_path, capsys):
     assert "another label or patient for image 'i239.png'" in capsys.readouterr().err
 
 
+def test_a_comparison_is_made_within_groups_and_written_whole(tmp_path):
+    """One image of each patient: DeLong's test stands beside the bootstrap's."""
+    rows = [[*r[:1], f"q{i}", *r[2:9], "AP" if i % 3 else "PA"] for i, r in enumerate(predicted(3, 300))]
+    worse = [[*r[:3], sigmoid(np.random.default_rng(i).normal()), *r[4:]] for i, r in enumerate(rows)]
+    a, b = write_csv(tmp_path / "a.csv", rows), write_csv(tmp_path / "b.csv", worse)
+    out = tmp_path / "out"
+    assert main(["evaluate", str(a), "--against", str(b), "--out", str(out), "--eval.resamples", "100"]) == 0
+    result = json.loads((out / "evaluation.json").read_text())
+    labels, scores, patients = arrays(rows)
+    other = arrays(worse)[1]
+    gap = result["difference"]["findings"]["A"]["auroc"]
+    assert gap["p_value_delong"] == pytest.approx(delong(labels[:, 0], scores[:, 0], other[:, 0], patients).p_value)
+    assert gap["p_holm"] >= gap["p_value"]
+    assert gap["detectable"] == pytest.approx(smallest_difference((gap["high"] - gap["low"]) / 2, 0.95))
+    assert set(result["within"]) == {"view=AP", "view=PA"}
+    pa = np.array([r[9] == "PA" for r in rows if r[6] == "test"])
+    part = result["within"]["view=PA"]
+    assert part["findings"]["A"]["n"] == (pa & ~np.isnan(labels[:, 0])).sum()
+    assert part["findings"]["A"]["auroc"]["value"] == pytest.approx(auroc(labels[pa, 0], scores[pa, 0]))
+    assert part["against"]["findings"]["A"]["auroc"]["value"] == pytest.approx(auroc(labels[pa, 0], other[pa, 0]))
+    with (out / "evaluation.csv").open() as file:
+        listed = {(r["images"], r["finding"], r["measure"]): r for r in csv.DictReader(file)}
+    for group, table in (("all", result), ("view=PA", part)):
+        row = listed[group, "A", "auroc"]
+        for prefix, source in (("", "findings"), ("against_", "against"), ("difference_", "difference")):
+            entry = table[source]["A"] if source == "findings" else table[source]["findings"]["A"]
+            for end in ("value", "low", "high"):
+                assert float(row[prefix + end]) == pytest.approx(entry["auroc"][end])
+    assert float(listed["all", "A", "auroc"]["difference_p_value"]) == pytest.approx(gap["p_value"])
+    plain = tmp_path / "alone"
+    assert main(["evaluate", str(a), "--out", str(plain), "--eval.resamples", "40", "--eval.within", "[]"]) == 0
+    alone = json.loads((plain / "evaluation.json").read_text())
+    assert alone["within"] == {}
+    assert alone["findings"]["A"]["auroc"]["value"] == pytest.approx(result["findings"]["A"]["auroc"]["value"])
+
+
 def test_labels_may_come_from_a_source(tmp_path):
     collection = open_collection("phantom:60,seed=2,size=32")
     rng = np.random.default_rng(0)
@@ -642,12 +706,34 @@ def test_bad_headers_are_refused(header, says, tmp_path):
         read_predictions(path)
 
 
-def test_other_mistakes_of_the_command_are_one_line(tmp_path, capsys):
+def test_files_of_other_programs_are_read_or_told_how_to_be_saved(tmp_path):
+    whole = write_csv(tmp_path / "p.csv", predicted()).read_text()
+    expected = read_predictions(tmp_path / "p.csv")
+    for name, text in (("mark", "\ufeff" + whole), ("old", whole.replace("\r\n", "\r"))):
+        path = tmp_path / f"{name}.csv"
+        path.write_bytes(text.encode())
+        made = read_predictions(path)
+        assert made.images == expected.images
+        np.testing.assert_array_equal(made.scores, expected.scores)
+    for text, says in (
+        (whole.replace(",", ";"), "parts its columns by semicolons; save it with commas"),
+        (whole.replace("image,", "Image,", 1), "has a column 'Image'; names are written in small letters"),
+    ):
+        (tmp_path / "q.csv").write_text(text)
+        with pytest.raises(DataError, match=says):
+            read_predictions(tmp_path / "q.csv")
+
+
+def test_other_mistakes_of_the_command_are_one_line(run, tmp_path, capsys):
     path = write_csv(tmp_path / "p.csv", predicted())
     for words, says in (
         ([str(path)], "name a folder with --out"),
         ([str(tmp_path / "no.csv"), "--out", str(tmp_path)], "cannot be read: No such file"),
         ([str(path), "--out", str(tmp_path / "o"), "--findings", "C"], "has no finding 'C'"),
+        ([str(path), "--out", str(tmp_path / "o"), "--task", "knn"], "have no effect on a table of predictions"),
+        ([str(path), "--out", str(tmp_path / "o"), "--eval.fractions", "[0.5]"], "eval.fractions has no effect on"),
+        ([str(run.path), "--out", str(tmp_path / "o")], "--out has no effect on a run"),
+        ([str(run.path), "--against", str(path)], "--against has no effect on a run"),
     ):
         assert main(["evaluate", *words]) == 1
         error = capsys.readouterr().err

@@ -115,6 +115,12 @@ def test_a_method_keeps_its_own_views_unless_the_study_says_otherwise(tmp_path):
         ({"tuning": {"grid": {"train.learning_rat": [1]}}}, "received 'train.learning_rat'; did you mean"),
         ({"tuning": {"grid": {"train.learning_rate": [-1.0]}}}, "learning_rate"),
         ({"external": [{"source": "x"}]}, "lacks 'name'"),
+        ({"external": [{"name": "test", "source": "x"}]}, "the name 'test' is taken"),
+        ({"external": [{"name": "x", "source": "y"}] * 2}, "the name 'x' is taken"),
+        ({"judge": {"settings": {"seeds": 2}}}, "judge.settings.seeds has no effect in a study"),
+        ({"judge": {"settings": {"rule": "largest F1"}}}, "judge.settings.rule has no effect in a study"),
+        ({"judge": {"settings": {"recalibration": "platt"}}}, "judge.settings.recalibration has no effect in a study"),
+        ({"imagenet": "resnet18.pth"}, "imagenet needs pretrain.encoder.width 64"),
     ],
 )
 def test_mistakes_in_the_file_name_the_fix(changes, says, tmp_path):
@@ -244,6 +250,43 @@ def test_a_unit_that_fails_is_a_line_and_the_others_go_on(tmp_path, capsys):
     assert "Not finished" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ConfigError, match="no row 'nobody'"):
         run_study(file, tmp_path / "out", only=["nobody"])
+
+
+def test_a_fault_of_the_program_takes_no_other_unit_with_it(tmp_path, monkeypatch):
+    from otcxr.study import cells
+
+    def broken(config, progress):
+        if config.method == "vicreg":
+            raise RuntimeError("out of something\nand more")
+        return pretrain(config, progress)
+
+    pretrain = cells.pretrain
+    monkeypatch.setattr(cells, "pretrain", broken)
+    file = write(tmp_path / "s.yaml", seeds=[0], external=[], tuning={"grid": {"train.learning_rate": [1e-5, 3e-3]}})
+    failed = run_study(file, tmp_path / "out", runs=tmp_path / "runs", workers=1)
+    log = tmp_path / "out" / "failed"
+    assert failed == [f"vicreg-narrow-tune{k}: RuntimeError: out of something; see {log / f'vicreg-narrow-tune{k}.txt'}"
+                      for k in (0, 1)]  # fmt: skip
+    assert "Traceback" in (log / "vicreg-narrow-tune0.txt").read_text()
+    made = {path.name for path in (tmp_path / "out" / "cells").iterdir()}
+    assert {"simclr-s0.linear.json", "random-s0.linear.json"} <= made
+    assert not any(name.startswith("vicreg-narrow-s") for name in made)
+    monkeypatch.undo()
+    assert run_study(file, tmp_path / "out", runs=tmp_path / "runs", workers=1, only=["vicreg-narrow"]) == []
+    assert (tmp_path / "out" / "cells" / "vicreg-narrow-s0.linear.json").is_file()
+
+
+def test_cells_of_other_images_are_not_compared(made, tmp_path):
+    folder = made[0]
+    shutil.copytree(folder / "out", tmp_path / "out")
+    study = read_study(folder / "tiny.yaml")
+    assert collect(study, tmp_path / "out")["missing"] == []
+    path = tmp_path / "out" / "cells" / "vicreg-narrow-s1.linear.json"
+    cell = json.loads(path.read_text())
+    cell["images"]["test"] = "0" * 16
+    path.write_text(json.dumps(cell))
+    with pytest.raises(DataError, match="vicreg-narrow, seed 1, were made with different images"):
+        collect(study, tmp_path / "out")
 
 
 def test_tuning_takes_the_best_point_on_validation_patients_for_every_row(tmp_path):
@@ -377,7 +420,9 @@ def test_seeds_are_pooled_over_rows_that_vary_alike():
     assert np.isnan(pool_seeds(rows[3], rows[:3]).deviation["auroc"][2])
     assert np.isfinite(pool_seeds(rows[0], rows[1:]).macro["auroc"])
     one = [{"auroc": row[:, :1]} for row in values]
-    assert pool_seeds(one[0], one[1:]) is None
+    single = pool_seeds(one[0], one[1:])  # one seed says nothing of seeds
+    assert np.isnan(single.deviation["auroc"]).all()
+    assert np.isnan(single.macro["auroc"])
 
 
 @pytest.mark.parametrize(("noisy", "most"), [(None, 0.07), (0, 0.13), (5, 0.05)])
@@ -429,7 +474,7 @@ def test_results_without_cells_are_refused(tmp_path):
         collect(study, tmp_path / "out")
     tuned = replace(study, grid={"train.learning_rate": (0.001, 0.002)})
     with pytest.raises(DataError, match="has to be tuned before"):
-        collect(tuned, tmp_path / "out")
+        chosen_point(tuned, tmp_path / "out", "simclr")
 
 
 # --- weights of other tools ------------------------------------------------------------------------------------------
