@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "data.views_host": "data",
     "distributed": "errors",
     "losses": "distributed",
-    "attribution": "nn",
+    "attribution": "nn errors",
     # the folder of a run: the one channel between training, evaluation and report
     "runs": "errors version nn.encoder",
     # training
@@ -110,7 +110,6 @@ MAY_IMPORT = {
     "evaluation.finetune": EVALUATION,
     "evaluation.labelled": EVALUATION,
     "evaluation.metrics": EVALUATION,
-    "evaluation.overlap": EVALUATION,
     "evaluation.predictions": EVALUATION,
     "evaluation.protocols": EVALUATION,
     "evaluation.resampling": EVALUATION,

@@ -296,7 +296,10 @@ def show_evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
         "decided": bool(thresholds) and "f1" in first, "thresholds": thresholds, "calibrated": "brier" in first,
         "rule": result["settings"].get("rule", ""), "power_text": _power_text(result),
         "reliable": {f: reliability_chart(r["bins"]) for f, r in result.get("reliability", {}).items() if r["bins"]},
-        "within": {name: {**part, "ranked": ranked} for name, part in result.get("within", {}).items()},
+        "within": {
+            name: {**part, "ranked": ranked, "random": part.get("random", part.get("against"))}
+            for name, part in result.get("within", {}).items()
+        },
         "calibration_text": "Slope and intercept of a logistic regression of the labels on the logit of the "
         "probabilities; below 1 they are too extreme, above 0 too low. The error is over 15 bins of equal mass, beside "
         "what it would be if every probability were right. Below: what was said against what was, first seed.",

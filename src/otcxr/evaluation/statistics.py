@@ -654,6 +654,8 @@ def _estimate(
         return _not_estimable(counts, f"not estimable: undefined in {share}")
     joint = _joint(values, defined, settings, spread, pivot)
     low, high = (float(end) for end in np.quantile(joint, [(1 - settings.level) / 2, (1 + settings.level) / 2]))
+    if pivot:  # where nearly all resamples are above the value the basic interval would end below it
+        low, high = min(low, float(values.mean())), max(high, float(values.mean()))
     if high - low <= _ROUNDING:
         caution = "; ".join(filter(None, [caution, "resamples all agree: the interval cannot show the uncertainty"]))
     several = len(values) > 1
