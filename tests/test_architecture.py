@@ -110,6 +110,7 @@ MAY_IMPORT = {
     "evaluation.finetune": EVALUATION,
     "evaluation.labelled": EVALUATION,
     "evaluation.metrics": EVALUATION,
+    "evaluation.overlap": EVALUATION,
     "evaluation.predictions": EVALUATION,
     "evaluation.protocols": EVALUATION,
     "evaluation.resampling": EVALUATION,
