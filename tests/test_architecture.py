@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "data.views_host": "data",
     "distributed": "errors",
     "losses": "distributed",
-    "attribution": "nn errors",
+    "attribution": "nn",
     # the folder of a run: the one channel between training, evaluation and report
     "runs": "errors version nn.encoder",
     # training
@@ -110,7 +110,6 @@ MAY_IMPORT = {
     "evaluation.finetune": EVALUATION,
     "evaluation.labelled": EVALUATION,
     "evaluation.metrics": EVALUATION,
-    "evaluation.overlap": EVALUATION,
     "evaluation.predictions": EVALUATION,
     "evaluation.protocols": EVALUATION,
     "evaluation.resampling": EVALUATION,
@@ -120,7 +119,6 @@ MAY_IMPORT = {
     "evaluation.subgroups": EVALUATION,
     "evaluation.tables": EVALUATION,
     "evaluation.tasks": EVALUATION,
-    "evaluation.truth": EVALUATION,
     "explain": "nn ot data runs attribution config console errors",
     "preview": "data runs console errors",
     "cards": "runs errors version",

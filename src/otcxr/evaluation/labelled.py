@@ -24,7 +24,6 @@ from otcxr.console import Progress
 from otcxr.data.dataset import PixelCache, check_records
 from otcxr.data.records import Collection, Record, Skipped
 from otcxr.errors import ConfigError, DataError
-from otcxr.evaluation.truth import Truth
 
 __all__ = ["LabelDraw", "Material", "Part", "draw_labels", "gather", "nested_order", "part_of", "write_draw"]
 
@@ -78,7 +77,6 @@ class Material(NamedTuple):
         fit, val: Images to fit on, and to choose on; of other patients.
         tests: Images to judge on, by name; of other patients again.
         pixels: Decoded images.
-        regions: Where findings and organs are, (N, F) for "fit" and for each set of test images; for dense tasks.
     """
 
     collection: str
@@ -87,7 +85,6 @@ class Material(NamedTuple):
     val: Part
     tests: Mapping[str, Part]
     pixels: PixelCache
-    regions: Mapping[str, Sequence[Sequence[Truth | None]]] = {}
 
 
 class LabelDraw(NamedTuple):
