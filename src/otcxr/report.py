@@ -330,7 +330,8 @@ def _power_text(result: Mapping[str, Any]) -> str:
     rare = [f"{name} {value:.3f}" for name, value in power["findings"].items() if value is not None]
     return (
         f"What these images can show: with a power of {power['power']:.0%} a true difference of the macro AUROC to "
-        f"{power['to']} of {power['macro']:.3f} or more; by finding {', '.join(rare)}. Smaller ones may exist unseen."
+        f"{power['to']} of {power['macro']:.3f} or more; by finding {', '.join(rare)}. Smaller ones may exist "
+        "unseen; beside another reference, the smallest difference is another."
     )
 
 

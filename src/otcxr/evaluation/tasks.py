@@ -264,7 +264,7 @@ def evaluate(
             for role, own in (("fit", material.fit), ("val", material.val), ("test", part))
         },
         **{k: v for k, v in top.items() if k not in _OF_SHARE},
-        "power": power_json(top, "the random networks, on the same images; to another encoder it differs"),
+        "power": power_json(top, "the random networks"),
         "within": within,
         **details(mine, part, material.findings, config.subgroups, settings),
         "fractions": [
