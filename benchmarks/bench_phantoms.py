@@ -35,6 +35,7 @@ from sklearn.preprocessing import StandardScaler
 
 from otcxr.data.phantom import FINDINGS, parse_phantom, read_phantom, render
 from otcxr.evaluation.statistics import as_json, evaluate_scores
+from otcxr.memory import keep_memory
 from otcxr.nn.encoder import build_encoder
 from otcxr.runs import describe_environment, write_atomic
 
@@ -168,6 +169,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    keep_memory()  # as the command line does
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"environment": {}}
     environment = describe_environment()
     versions = environment["versions"]

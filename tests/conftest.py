@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from otcxr.data import phantom
+from otcxr.memory import keep_memory
 
+keep_memory()
 _RENDER = phantom.render
 _DRAWN = functools.lru_cache(maxsize=8192)(_RENDER)
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

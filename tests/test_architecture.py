@@ -26,6 +26,7 @@ MAY_IMPORT = {
     # leaves: none imports another of them
     "version": "",
     "errors": "",
+    "memory": "",
     "console": "",
     "optim": "",
     "config": "errors",
@@ -127,7 +128,7 @@ MAY_IMPORT = {
     # the front
     "": "version",
     "__main__": "cli",
-    "cli": "commands errors version",
+    "cli": "commands errors memory version",
     "study": STUDY,
     "study.spec": STUDY,
     "study.cells": STUDY,

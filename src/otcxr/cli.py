@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from otcxr.errors import ConfigError, OtcxrError, did_you_mean
+from otcxr.memory import keep_memory
 from otcxr.version import __version__
 
 __all__ = ["COMMANDS", "main"]
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Threads that spin while they wait starve each other when another process is busy (loader workers, other
         # users); passive waiting costs little on an idle machine. Must be set before torch loads.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        keep_memory()
         commands = importlib.import_module("otcxr.commands")
         status: int = getattr(commands, COMMANDS[name][0])(words[len(name.split()) :])
         return status
