@@ -99,6 +99,8 @@ MAY_IMPORT = {
     "loop": "methods nn data distributed faults health launch online optim probes runs settings console errors",
     "online": "evaluation nn data errors",
     "train": "loop nn ot data distributed faults launch online probes runs settings config console errors",
+    # judging a method, not an encoder: what it pairs
+    "matching": "evaluation health loop methods.base nn data runs settings console errors",
     "reproduce": "train settings runs distributed config console errors",
     # judging: sees encoders, records and files, never a method
     "evaluation": EVALUATION,
@@ -134,8 +136,8 @@ MAY_IMPORT = {
     "study.cells": STUDY,
     "study.markdown": STUDY,
     "study.results": STUDY,
-    "commands": "study train reproduce distributed methods evaluation explain preview report cards demo data runs "
-    "config console errors",
+    "commands": "study train reproduce matching distributed methods evaluation explain preview report cards demo data "
+    "runs config console errors",
     "demo": "train evaluation explain report data runs config console errors",
 }
 NEVER_A_METHOD = ("evaluation", "explain", "attribution", "preview", "report", "nn", "ot", "data", "runs")
@@ -333,7 +335,7 @@ def test_the_module_is_the_command_line():
     out = subprocess.run([sys.executable, "-m", "otcxr", "--help"], capture_output=True, text=True, check=True)
     assert out.stdout.startswith("usage: otcxr COMMAND")
     assert out.stderr == ""
-    for command in ("pretrain", "evaluate", "explain", "report", "demo"):
+    for command in ("pretrain", "evaluate", "match", "explain", "report", "demo"):
         assert f"\n  {command} " in out.stdout
 
 

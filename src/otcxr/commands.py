@@ -22,6 +22,7 @@ __all__ = [
     "demo",
     "evaluate",
     "explain",
+    "match",
     "pretrain",
     "report",
     "reproduce",
@@ -223,6 +224,41 @@ def study(words: Sequence[str]) -> int:
     for line in failed:
         progress.say(f"failed: {line}")
     return 1 if failed else 0
+
+
+def match(words: Sequence[str]) -> int:
+    """otcxr match RUN."""
+    from rich.table import Table
+
+    from otcxr.config import read_settings
+    from otcxr.matching import MatchingConfig, measure_matching
+    from otcxr.report import matching_rows
+    from otcxr.runs import Run
+
+    parser = make_parser("match", "Measure what a run's method pairs on held-out images: correspondence, and the focus "
+                         "of its masses, with intervals by patient.")  # fmt: skip
+    parser.add_argument("run", type=str, help="folder of the run")
+    parser.add_argument("--data.source", type=str, default="", help="images (default: those of the run)")
+    parser.add_argument("--data.split", type=str, default="test", help="split to look at")
+    add_settings(parser, "match", MatchingConfig)
+    plain = _parsed(parser, words)
+    _to_log()
+    progress = RichProgress()
+    run = Run.open(plain["run"])
+    config = read_settings(MatchingConfig, plain["match"])
+    result = measure_matching(run, plain["data"]["source"], plain["data"]["split"], config, progress)
+    for title, header, rows in matching_rows(result):
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+        for name in header:
+            table.add_column(name, no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        progress.console.print(table)
+        progress.console.print()
+    if result["skipped"]:
+        progress.say(f"{len(result['skipped'])} images could not be read; they are listed in the file")
+    progress.say(f"written: {run.path / 'evaluation' / 'matching.json'}")
+    return 0
 
 
 def explain(words: Sequence[str]) -> int:

@@ -1,8 +1,8 @@
 """Freed memory stays with the process, so that the next array does not have to ask the system for it again.
 
 glibc returns large freed blocks at once and takes new ones page by page, each page cleared by the kernel. A training
-step and a phantom free and take the same blocks over and over; on virtual machines those page faults can cost as much as
-the arithmetic. Only the command line and the benchmarks do this: a library leaves the allocator of its host alone.
+step and a phantom free and take the same blocks over and over; on virtual machines those page faults can cost as much
+as the arithmetic. Only the command line and the benchmarks do this: a library leaves the allocator of its host alone.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ __all__ = [
     "MEASURE_NAMES",
     "TASK_NAMES",
     "describe_training",
+    "matching_rows",
     "show_evaluation",
     "write_predictions_page",
     "write_report",
@@ -255,9 +256,72 @@ def _facts(run: Run) -> dict[str, Any]:
         "skipped": _skipped(run),
         "evaluation": evaluation,
         "evaluations": [show_evaluation(e) for e in evaluations],
+        "matching": _matching(run),
         "pictures": pictures,
         "stale": encoder is not None and any(e.get("encoder_digest") != encoder.get("digest") for e in evaluations),
     }
+
+
+MATCHED_NAMES = {
+    "plan": "plan",
+    "exact": "plan, the very cell",
+    "nearest_by_cost": "cheapest by the method's cost",
+    "nearest_by_map": "most similar on the encoder's map",
+    "same_place": "same place in both views",
+    "chance": "chance",
+}
+
+
+def matching_rows(result: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Tables of ``evaluation/matching.json``: title, header and rows of each."""
+    found, focus = result["correspondence"], result["focus"]
+    gaps = found.get("differences", {})
+    rows: list[tuple[str, ...]] = [
+        (MATCHED_NAMES[name], _cell(found[name]), _cell(gaps[name], "+") if name in gaps else "")
+        for name in MATCHED_NAMES if name in found
+    ]  # fmt: skip
+    tables: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [
+        ("positions paired to within one cell of the true one", ("by", "share", "plan minus it"), rows)
+    ]
+    if focus:
+        learned = any("learned" in entry for entry in focus.values())
+        parts = [
+            (name, str(entry["images"]), _cell(entry["uniform"]),
+             *((_cell(entry["learned"]), _cell(entry["difference"], "+")) if learned else ()))
+            for name, entry in focus.items()
+        ]  # fmt: skip
+        header = (
+            "region",
+            "images",
+            "share of a uniform mass",
+            *(("of the method's", "difference") if learned else ()),
+        )
+        tables.append(("mass inside regions, in views that show them", header, parts))
+    return tables
+
+
+def _cell(estimate: Mapping[str, Any], sign: str = "") -> str:
+    if estimate["value"] is None:
+        return str(estimate["reason"])
+    mark = "\N{DAGGER}" if "caution" in estimate else ""
+    return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]{mark}"
+
+
+def _matching(run: Run) -> dict[str, Any] | None:
+    """What the page says of the method's pairs; None where they were not measured."""
+    result = run.read_json("evaluation/matching.json")
+    if result is None:
+        return None
+    settings = result["settings"]
+    text = (
+        f"{result['pairs']:,} pairs of views of {result['images']:,} images of {result['patients']:,} patients "
+        f"({result['collection']}, split {result['split']}), drawn as in training; {result['positions']:,} positions "
+        f"of the first view lie in the second. {100 * settings['level']:.0f} % intervals, {settings['resamples']:,} "
+        "resamples of patients. \N{DAGGER} fewer than 20 patients: the interval promises more than it holds."
+    )
+    encoder = run.read_json("encoder.json")
+    stale = encoder is not None and encoder.get("digest") != result["encoder_digest"]
+    return {"text": text, "tables": matching_rows(result), "stale": stale}
 
 
 def show_evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
