@@ -15,7 +15,7 @@ from otcxr.data.dataset import DataConfig
 from otcxr.data.records import Record
 from otcxr.data.views import ViewsConfig, collate_views, make_views, view_generator
 from otcxr.errors import CheckpointError, ConfigError
-from otcxr.matching import MatchingConfig, cover, load_method, measure_matching, pair_scores, ratio, regions_of
+from otcxr.matching import MatchingConfig, cover, load_method, measure_matching, pair_scores, regions_of
 from otcxr.methods import find_method
 from otcxr.report import write_report
 from otcxr.runs import Run
@@ -184,36 +184,6 @@ def test_an_image_without_shared_positions_says_nothing():
         got = pair_scores(method, apart, {}, CPU)
     assert got.known == 0
     assert set(got.hits.values()) == {0.0}
-
-
-# --- shares over patients --------------------------------------------------------------------------------------------
-
-
-def test_a_ratio_resamples_patients():
-    rng = np.random.default_rng(1)
-    patients = np.repeat([f"p{i}" for i in range(25)], 3)
-    below = rng.integers(1, 9, 75).astype(float)
-    top = below * rng.random(75)
-    from otcxr.evaluation.resampling import patient_weights
-
-    weights = patient_weights(list(patients), 300, 4).astype(float)
-    got = ratio(top, below, patients, weights, 0.9)
-    drawn = [sum(w * t for w, t in zip(row, top, strict=True)) / sum(w * b for w, b in zip(row, below, strict=True))
-             for row in weights]  # fmt: skip
-    assert got["value"] == pytest.approx(top.sum() / below.sum())
-    assert (got["low"], got["high"]) == pytest.approx(tuple(np.quantile(drawn, [0.05, 0.95])))
-    assert "caution" not in got
-
-
-def test_few_patients_are_named():
-    patients = np.array([f"p{i}" for i in range(30)])
-    weights = np.ones((10, 30))
-    below = np.zeros(30)
-    below[:4] = 1.0
-    assert ratio(below, below, patients, weights, 0.95)["value"] is None
-    assert "4 patients" in ratio(below, below, patients, weights, 0.95)["reason"]
-    below[:19] = 1.0
-    assert "19 patients" in ratio(below, below, patients, weights, 0.95)["caution"]
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

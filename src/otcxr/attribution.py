@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from otcxr.errors import ConfigError, did_you_mean
 from otcxr.nn.encoder import Encoder
 
-__all__ = ["ProbedEncoder", "heat_map"]
+__all__ = ["HEAT_MAPS", "ProbedEncoder", "heat_map"]
 
 
 class ProbedEncoder(nn.Module):
@@ -36,25 +39,84 @@ class ProbedEncoder(nn.Module):
         return out
 
 
-def heat_map(model: ProbedEncoder, images: Tensor, finding: int) -> Tensor:
-    """Grad-CAM on the last map: what speaks *for* a finding, and where.
+def heat_map(model: ProbedEncoder, images: Tensor, finding: int, kind: str = "grad-cam") -> Tensor:
+    """What speaks *for* a finding, and where.
 
-        H = max(0, sum_c w_c A_c),   w_c = mean over positions of d logit / d A_c
+        grad-cam              max(0, sum_c w_c A_c),   w_c = mean over positions of d logit / d A_c
+        layer-cam             max(0, sum_c max(0, d logit / d A_c) A_c)
+        integrated-gradients  max(0, x - x') times the mean gradient on the way from x' to x, blurred; x' is black
+        occlusion             how much the logit falls when a square is painted with the image's mean, averaged
 
-    For a linear probe on pooled features this is the class activation map exactly (w_c is the probe's weight).
+    A is the last map; the first two are interpolated bilinearly from where each of its cells looks. For a linear probe
+    on pooled features Grad-CAM is the class activation map exactly (w_c is the probe's weight).
 
     Args:
         model: Encoder with probe.
         images: (B, 1, H, W) in [0, 1].
         finding: Index of the probe's finding.
-    Returns: (B, H, W) >= 0, interpolated bilinearly from where each cell of the map looks, not normalised. All zero
-        where nothing speaks for it.
-    Source: Selvaraju et al., ICCV 2017, arXiv:1610.02391; Zhou et al., CVPR 2016 for the linear case.
+        kind: One of ``HEAT_MAPS``.
+    Returns: (B, H, W) >= 0, not normalised. All zero where nothing speaks for it.
+    Raises: ConfigError: there is no such kind.
+    Source: Selvaraju et al., ICCV 2017, arXiv:1610.02391 (Zhou et al., CVPR 2016, for the linear case); Jiang et al.,
+        IEEE TIP 30, 2021 (Layer-CAM); Sundararajan et al., ICML 2017, arXiv:1703.01365; Zeiler and Fergus, ECCV 2014.
     """
+    if kind not in HEAT_MAPS:
+        raise ConfigError(f"unknown heat map '{kind}'{did_you_mean(kind, HEAT_MAPS)}")
+    return HEAT_MAPS[kind](model, images, finding)
+
+
+def _grad_cam(model: ProbedEncoder, images: Tensor, finding: int) -> Tensor:
     from captum.attr import LayerGradCam
 
     coarse = LayerGradCam(model, model.last_map).attribute(images, target=finding, relu_attributions=True).detach()
     return _to_pixels(coarse, images.shape[-2], images.shape[-1], model.encoder.first_centre)[:, 0]
+
+
+def _layer_cam(model: ProbedEncoder, images: Tensor, finding: int) -> Tensor:
+    from captum.attr import LayerActivation
+
+    values = LayerActivation(model, model.last_map).attribute(images).detach().requires_grad_()
+    logit = model.probe(values.mean((-2, -1)))[:, finding].sum()
+    (slope,) = torch.autograd.grad(logit, values)
+    coarse = (slope.clamp_min(0) * values.detach()).sum(1, keepdim=True).clamp_min(0)
+    return _to_pixels(coarse, images.shape[-2], images.shape[-1], model.encoder.first_centre)[:, 0]
+
+
+def _integrated_gradients(model: ProbedEncoder, images: Tensor, finding: int) -> Tensor:
+    from captum.attr import IntegratedGradients
+
+    steps, batch = 24, max(len(images), 64)
+    found = IntegratedGradients(model).attribute(images, target=finding, n_steps=steps, internal_batch_size=batch)
+    # single pixels are noise to the eye and to the pointing game: a Gaussian of 1/32 of the side
+    sigma = images.shape[-1] / 32
+    reach = max(1, round(3 * sigma))
+    line = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / sigma) ** 2)
+    line = (line / line.sum()).to(found.dtype)
+    smooth = nn.functional.conv2d(found.detach().clamp_min(0).to(line.dtype), line[None, None, :, None], padding="same")
+    out: Tensor = nn.functional.conv2d(smooth, line[None, None, None, :], padding="same")[:, 0]
+    return out.to(images.dtype)
+
+
+def _occlusion(model: ProbedEncoder, images: Tensor, finding: int) -> Tensor:
+    from captum.attr import Occlusion
+
+    side = max(2, images.shape[-1] // 8)
+    with torch.no_grad():
+        found = Occlusion(model).attribute(
+            images, target=finding, sliding_window_shapes=(images.shape[1], side, side),
+            strides=(images.shape[1], max(1, side // 2), max(1, side // 2)),
+            baselines=images.mean((1, 2, 3), keepdim=True).expand_as(images),
+        )  # fmt: skip
+    out: Tensor = found.detach().clamp_min(0)[:, 0]
+    return out.to(images.dtype)
+
+
+HEAT_MAPS: dict[str, Callable[[ProbedEncoder, Tensor, int], Tensor]] = {
+    "grad-cam": _grad_cam,
+    "layer-cam": _layer_cam,
+    "integrated-gradients": _integrated_gradients,
+    "occlusion": _occlusion,
+}
 
 
 def _to_pixels(coarse: Tensor, height: int, width: int, first: float) -> Tensor:

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": ("pretrain", "learn an encoder from radiographs without labels"),
     "reproduce": ("reproduce", "do a run again from its folder and say whether the same came out"),
     "evaluate": ("evaluate", "judge a run's encoder, or any tool's predictions, with intervals"),
+    "localize": ("localize", "judge where a classifier on a run's encoder finds evidence, against boxes and masks"),
     "match": ("match", "measure what a run's method pairs on held-out images: correspondence and focus of masses"),
     "study": ("study", "methods x seeds x labels x tasks under one budget, compared pair by pair"),
     "explain": ("explain", "draw transport plans and heat maps of a run"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "demo",
     "evaluate",
     "explain",
+    "localize",
     "match",
     "pretrain",
     "report",
@@ -226,10 +227,48 @@ def study(words: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
+def localize(words: Sequence[str]) -> int:
+    """otcxr localize RUN."""
+    from otcxr.attribution import HEAT_MAPS
+    from otcxr.config import read_settings
+    from otcxr.evaluation.finetune import FinetuneConfig
+    from otcxr.evaluation.localize import HEADS
+    from otcxr.evaluation.results import localize_run
+    from otcxr.evaluation.tasks import EvaluateConfig
+    from otcxr.report import localize_rows
+    from otcxr.runs import Run
+
+    parser = make_parser("localize", "Judge the heat maps of a classifier on a run's encoder against boxes and masks "
+                         "without training on them, beside a centre prior, average boxes, random weights.")  # fmt: skip
+    parser.add_argument("run", type=str, help="folder of the run")
+    parser.add_argument("--head", type=str, default="linear", help=f"classifier: {' or '.join(HEADS)}")
+    parser.add_argument("--maps", type=str, default="grad-cam,layer-cam", help=f"of {', '.join(HEAT_MAPS)}")
+    parser.add_argument("--data.source", type=str, default="", help="labelled source (default: that of the run)")
+    parser.add_argument("--data.fit", type=str, default="train", help="split to fit on")
+    parser.add_argument("--data.val", type=str, default="val", help="split to validate on")
+    parser.add_argument("--data.test", type=str, default="test", help="split to judge on")
+    add_settings(parser, "eval", EvaluateConfig)
+    add_settings(parser, "finetune", FinetuneConfig)
+    plain = _parsed(parser, words)
+    _to_log()
+    progress = RichProgress()
+    config = read_settings(
+        EvaluateConfig, plain["eval"] | {"finetune": read_settings(FinetuneConfig, plain["finetune"])}
+    )
+    data, run = plain["data"], Run.open(plain["run"])
+    kinds = tuple(name.strip() for name in plain["maps"].split(",") if name.strip())
+    result = localize_run(
+        run, data["source"], (data["fit"], data["test"]), config, progress, head=plain["head"], kinds=kinds,
+        val=data["val"],
+    )  # fmt: skip
+    _print_rows(localize_rows(result, short=True), progress)
+    progress.say("< the encoder is ahead of it, > behind: the paired interval excludes zero; \N{DAGGER} few patients")
+    progress.say(f"written: {run.path / 'evaluation' / result['task']}.json, with every measure and threshold")
+    return 0
+
+
 def match(words: Sequence[str]) -> int:
     """otcxr match RUN."""
-    from rich.table import Table
-
     from otcxr.config import read_settings
     from otcxr.matching import MatchingConfig, measure_matching
     from otcxr.report import matching_rows
@@ -247,14 +286,7 @@ def match(words: Sequence[str]) -> int:
     run = Run.open(plain["run"])
     config = read_settings(MatchingConfig, plain["match"])
     result = measure_matching(run, plain["data"]["source"], plain["data"]["split"], config, progress)
-    for title, header, rows in matching_rows(result):
-        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-        for name in header:
-            table.add_column(name, no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        progress.console.print(table)
-        progress.console.print()
+    _print_rows(matching_rows(result), progress)
     if result["skipped"]:
         progress.say(f"{len(result['skipped'])} images could not be read; they are listed in the file")
     progress.say(f"written: {run.path / 'evaluation' / 'matching.json'}")
@@ -444,6 +476,19 @@ def _interval(estimate: dict[str, Any], sign: str = "") -> str:
     if estimate["value"] is None:
         return "not estimable"
     return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]"
+
+
+def _print_rows(tables: Iterable[tuple[str, tuple[str, ...], list[tuple[str, ...]]]], progress: RichProgress) -> None:
+    from rich.table import Table
+
+    for title, header, rows in tables:
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+        for name in header:
+            table.add_column(name, no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        progress.console.print(table)
+        progress.console.print()
 
 
 def _print_table(result: dict[str, Any], progress: RichProgress) -> None:

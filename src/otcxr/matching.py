@@ -43,6 +43,7 @@ from otcxr.data.views import collate_views, make_views, view_generator
 from otcxr.errors import CheckpointError, ConfigError, DataError
 from otcxr.evaluation.estimates import BootstrapSettings
 from otcxr.evaluation.protocols import device_of
+from otcxr.evaluation.ratios import ratio
 from otcxr.evaluation.resampling import patient_weights
 from otcxr.health import correspondence_score
 from otcxr.loop import build_method
@@ -51,7 +52,7 @@ from otcxr.nn.encoder import encoder_digest, load_state
 from otcxr.runs import Run, describe_environment
 from otcxr.settings import config_from_plain
 
-__all__ = ["FOCUS", "MATCHED", "MatchingConfig", "cover", "measure_matching", "pair_scores", "ratio"]
+__all__ = ["FOCUS", "MATCHED", "MatchingConfig", "cover", "measure_matching", "pair_scores"]
 
 _EPOCH = 2**31 + 1  # an epoch that no training reaches, and other views than those of the probe pairs
 _FINE = 8  # points along each side of a token's cell, to see how much of it lies in a region
@@ -292,7 +293,7 @@ def tables(scores: Sequence[PairScores], patients: Sequence[str], config: Matchi
     people = np.asarray(patients)
 
     def share(top: NDArray[np.float64], below: NDArray[np.float64]) -> dict[str, Any]:
-        return ratio(top, below, people, weights, config.level)
+        return ratio(top, below, people, weights, config.level)[0]
 
     known = np.array([float(s.known) for s in scores])
     counted = {n: np.array([s.hits[n] for s in scores]) for n in MATCHED if all(n in s.hits for s in scores)}
@@ -310,33 +311,3 @@ def tables(scores: Sequence[PairScores], patients: Sequence[str], config: Matchi
         if "plan" in counted:
             focus[name] |= {"learned": share(learned, views), "difference": share(learned - uniform, views)}
     return {"correspondence": found, "focus": focus}
-
-
-def ratio(
-    top: NDArray[np.float64], below: NDArray[np.float64], patients: NDArray[Any], weights: NDArray[np.float64],
-    level: float,
-) -> dict[str, Any]:  # fmt: skip
-    """A ratio of sums over images with its percentile interval over resampled patients.
-
-    Args:
-        top, below: (N,) of each image; images with ``below`` 0 say nothing.
-        patients: (N,).
-        weights: (R, N), how often each image comes along.
-        level: Of the interval.
-    Returns: value, low, high, patients; None for the three where fewer than five patients say something, with a
-        ``reason``; a ``caution`` below twenty.
-    """
-    count = len(set(patients[below > 0].tolist()))
-    least = BootstrapSettings().min_positive_patients
-    if count < least:
-        why = f"not estimable: {count} patients show it, at least {least} are needed"
-        return {"value": None, "low": None, "high": None, "patients": count, "reason": why}
-    sums, bottoms = weights @ top, weights @ below
-    drawn = sums[bottoms > 0] / bottoms[bottoms > 0]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    out: dict[str, Any] = {
-        "value": float(top.sum() / below.sum()), "low": float(low), "high": float(high), "patients": count,
-    }  # fmt: skip
-    if count < 20:
-        out["caution"] = f"{count} patients: the interval promises more than it holds"
-    return out

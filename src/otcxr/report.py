@@ -20,6 +20,7 @@ __all__ = [
     "MEASURE_NAMES",
     "TASK_NAMES",
     "describe_training",
+    "localize_rows",
     "matching_rows",
     "show_evaluation",
     "write_predictions_page",
@@ -256,6 +257,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "skipped": _skipped(run),
         "evaluation": evaluation,
         "evaluations": [show_evaluation(e) for e in evaluations],
+        "localized": _localized(run),
         "matching": _matching(run),
         "pictures": pictures,
         "stale": encoder is not None and any(e.get("encoder_digest") != encoder.get("digest") for e in evaluations),
@@ -270,6 +272,70 @@ MATCHED_NAMES = {
     "same_place": "same place in both views",
     "chance": "chance",
 }
+
+
+_LOCATED = {
+    "pointing": "strongest place inside the region (pointing game)",
+    "energy": "share of the map's sum inside the region",
+    "iou@0.25": "box around the strongest part: IoU of at least 0.25",
+}
+
+
+def localize_rows(
+    result: Mapping[str, Any], *, short: bool = False
+) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Tables of ``evaluation/localize-HEAD.json``: for every kind of heat map those of the measures that are shown.
+
+    ``short`` is for a terminal: references without intervals, and a sign where the paired difference excludes zero.
+    """
+    others = ("centre", "average", "random")
+    header: tuple[str, ...] = ("finding", "images", "encoder", *others)
+    if not short:
+        header += tuple(f"- {name}" for name in others)
+    tables: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = []
+    for kind, found in result["maps"].items():
+        for measure, title in _LOCATED.items():
+            parts = [(name, str(entry["images"]), entry) for name, entry in found["findings"].items()]
+            parts.append((f"macro of {found['macro']['encoder'][measure]['count']}", "", found["macro"]))
+            parts += [(f"region {name}", str(entry["images"]), entry) for name, entry in found["sizes"].items()]
+            rows: list[tuple[str, ...]] = []
+            for name, images, entry in parts:
+                gaps = [entry[f"encoder - {other}"][measure] for other in others]
+                beside = [entry[other][measure] for other in others]
+                if short:
+                    cells = [_brief(one, gap) for one, gap in zip(beside, gaps, strict=True)]
+                else:
+                    cells = [*(_cell(one) for one in beside), *(_cell(gap, "+") for gap in gaps)]
+                rows.append((name, images, _cell(entry["encoder"][measure]), *cells))
+            tables.append((f"{kind}: {title}", header, rows))
+    return tables
+
+
+def _brief(estimate: Mapping[str, Any], gap: Mapping[str, Any]) -> str:
+    if estimate["value"] is None or gap["value"] is None:
+        return ""
+    return f"{estimate['value']:.3f}" + (" <" if gap["low"] > 0 else " >" if gap["high"] < 0 else "")
+
+
+def _localized(run: Run) -> list[dict[str, Any]]:
+    """What the page says of where the evidence lies, for every head that was judged."""
+    encoder, out = run.read_json("encoder.json"), []
+    for head, name in (("linear", "a linear probe on the frozen encoder"), ("finetune", "the fine-tuned encoder")):
+        result = run.read_json(f"evaluation/localize-{head}.json")
+        if result is None:
+            continue
+        settings, test = result["settings"], result["splits"]["test"]
+        origin = "; ".join(f"{finding}: {where}" for finding, where in result["average_from"].items())
+        text = (
+            f"Heat maps of {name} on test images ({result['collection']}, split {test['name']}) that have the finding "
+            "and a box or mask of it; none was trained on. Beside it a Gaussian at the centre, the average region and "
+            f"box of the finding ({origin}), and the same classifier on random weights. Threshold of boxes: Otsu's. "
+            f"{100 * settings['level']:.0f} % intervals, {settings['resamples']:,} resamples of patients; differences "
+            "are paired. \N{DAGGER} fewer than 20 patients: the interval promises more than it holds."
+        )
+        stale = encoder is not None and encoder.get("digest") != result["encoder_digest"]
+        out.append({"title": name, "text": text, "tables": localize_rows(result), "stale": stale})
+    return out
 
 
 def matching_rows(result: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
@@ -303,7 +369,7 @@ def matching_rows(result: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...],
 def _cell(estimate: Mapping[str, Any], sign: str = "") -> str:
     if estimate["value"] is None:
         return str(estimate["reason"])
-    mark = "\N{DAGGER}" if "caution" in estimate else ""
+    mark = " \N{DAGGER}" if "caution" in estimate else ""
     return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]{mark}"
 
 

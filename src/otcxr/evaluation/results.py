@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from otcxr.console import Progress
+from otcxr.data.records import Collection
 from otcxr.data.sources import open_again
 from otcxr.errors import DataError
 from otcxr.evaluation.classifier import write_classifier
 from otcxr.evaluation.labelled import write_draw
+from otcxr.evaluation.localize import localize
 from otcxr.evaluation.tables import TESTS
 from otcxr.evaluation.tasks import EvaluateConfig, Evaluation, evaluate
-from otcxr.nn.encoder import load_encoder
+from otcxr.nn.encoder import Encoder, load_encoder
 from otcxr.runs import Run, write_atomic
 
-__all__ = ["evaluate_run", "measures_of", "rows_of", "write_evaluation"]
+__all__ = ["evaluate_run", "localize_run", "measures_of", "rows_of", "write_evaluation"]
 
 
 def evaluate_run(
@@ -47,7 +49,48 @@ def evaluate_run(
         progress: Where to show progress.
         val: Split to validate on; where there is none, patients are held out of the one to fit on.
     """
-    config = config or EvaluateConfig()
+    encoder, collection, config = _open(run, source, splits, config or EvaluateConfig(), progress)
+    evaluation = evaluate(
+        task, encoder, collection, splits, config, val=val, cache=run.path / "evaluation" / "features",
+        progress=progress,
+    )  # fmt: skip
+    evaluation.result["pretraining"] = _pretraining(run)
+    write_evaluation(run, evaluation)
+    return evaluation
+
+
+def localize_run(
+    run: Run,
+    source: str = "",
+    splits: tuple[str, str] = ("train", "test"),
+    config: EvaluateConfig | None = None,
+    progress: Progress | None = None,
+    *,
+    head: str = "linear",
+    kinds: Sequence[str] = ("grad-cam", "layer-cam"),
+    val: str = "val",
+) -> dict[str, Any]:
+    """Judge where a classifier on a run's encoder finds evidence; writes ``evaluation/localize-HEAD.json``.
+
+    Arguments as of ``evaluate_run`` and ``localize.localize``, and its result.
+    """
+    encoder, collection, config = _open(run, source, splits, config or EvaluateConfig(), progress)
+    result = localize(
+        encoder, collection, splits, config, head=head, kinds=kinds, val=val,
+        cache=run.path / "evaluation" / "features", progress=progress,
+    )  # fmt: skip
+    result["pretraining"] = _pretraining(run)
+    run.write_json(f"evaluation/localize-{head}.json", result)
+    return result
+
+
+def _open(
+    run: Run, source: str, splits: tuple[str, str], config: EvaluateConfig, progress: Progress | None
+) -> tuple[Encoder, Collection, EvaluateConfig]:
+    """A run's encoder, the images it is judged on, and the settings at its size; says what is worth knowing of both.
+
+    Raises: DataError: the source defines no splits.
+    """
     encoder = load_encoder(run.path)
     facts = run.read_json("encoder.json")
     settings = run.read_config()
@@ -64,17 +107,15 @@ def evaluate_run(
             f"{collection.name} defines no splits; give the table a column 'split' with {splits[0]} and {splits[1]}, "
             "by patient (NIH: put train_val_list.txt and test_list.txt beside the label table)"
         )
-    evaluation = evaluate(
-        task, encoder, collection, splits, config, val=val, cache=run.path / "evaluation" / "features",
-        progress=progress,
-    )  # fmt: skip
-    evaluation.result["pretraining"] = {"source": facts["source"], "split": trained["split"]}
     if progress is not None and (collection.name, splits[1]) == (facts["source"], trained["split"]):
         progress.say(
             f"note: the encoder was pre-trained (without labels) on the images of '{splits[1]}' it is judged on"
         )
-    write_evaluation(run, evaluation)
-    return evaluation
+    return encoder, collection, config
+
+
+def _pretraining(run: Run) -> dict[str, str]:
+    return {"source": run.read_json("encoder.json")["source"], "split": run.read_config()["data"]["split"]}
 
 
 def write_evaluation(run: Run, evaluation: Evaluation) -> None:

@@ -1,0 +1,276 @@
+"""Does the evidence lie where the finding is? Heat maps of a classifier against expert boxes and masks.
+
+No box or mask is trained on. The classifier is a linear probe on the frozen encoder, or the encoder fine-tuned on the
+labels of images; its heat map of a finding (``attribution``) is judged on the test images that have the finding and say
+where it is:
+
+    pointing       whether the strongest place lies in the region
+    energy         the share of the map's sum inside the region
+    region_iou     IoU of the region with what lies above Otsu's threshold of the map scaled to [0, 1]
+    iou@T, iobb@T  whether the box around the joined part above that threshold that holds the strongest place has an
+                   IoU, or an IoBB, of at least T with a true box
+
+Beside it stand three who have not looked at the image, or have not learned to look:
+
+    centre         a Gaussian at the middle of the image, with a deviation of a quarter of its side
+    average        the mean of the regions of this finding in images that were fitted on (where those have none, in
+                   those of the other test patients, which is more than it should know); for boxes their mean box
+    random         the same classifier on a network with random weights
+
+Means over images have percentile intervals over resampled patients; differences are of the same resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from otcxr.attribution import HEAT_MAPS, ProbedEncoder, heat_map
+from otcxr.config import to_plain
+from otcxr.console import Progress, SilentProgress
+from otcxr.data.images import fit_square
+from otcxr.data.records import Collection
+from otcxr.errors import ConfigError, DataError, did_you_mean
+from otcxr.evaluation.features import calibrate_norms
+from otcxr.evaluation.labelled import Material, draw_labels
+from otcxr.evaluation.overlap import (
+    Frame,
+    box_overlap,
+    energy_inside,
+    iou,
+    otsu_threshold,
+    peak_box,
+    pointing,
+    scaled,
+)
+from otcxr.evaluation.protocols import Features, device_of
+from otcxr.evaluation.ratios import mean_of_ratios, ratio
+from otcxr.evaluation.resampling import patient_weights
+from otcxr.evaluation.tasks import TASKS, EvaluateConfig, prepare, protocol_config, random_twin
+from otcxr.evaluation.truth import Truth, located
+from otcxr.nn.encoder import Encoder, encoder_digest
+from otcxr.runs import describe_environment
+
+__all__ = ["HEADS", "MEASURES", "OVERLAPS", "REFERENCES", "SIZES", "judge_map", "localize"]
+
+HEADS = ("linear", "finetune")
+REFERENCES = ("centre", "average", "random")
+OVERLAPS = (0.1, 0.25, 0.5, 0.75, 0.9)
+MEASURES = (
+    "pointing", "energy", "region_iou", *(f"iou@{t}" for t in OVERLAPS), *(f"iobb@{t}" for t in OVERLAPS)
+)  # fmt: skip
+SIZES = {"under 1 %": (0.0, 0.01), "1 to 5 %": (0.01, 0.05), "over 5 %": (0.05, 1.01)}  # region, of the square
+_MOST = 200  # images of a finding whose regions are averaged
+
+FloatArray = NDArray[np.float64]
+
+
+def localize(
+    encoder: Encoder,
+    collection: Collection,
+    splits: tuple[str, str],
+    config: EvaluateConfig,
+    *,
+    head: str = "linear",
+    kinds: Sequence[str] = ("grad-cam", "layer-cam"),
+    val: str = "val",
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Judge where a classifier on an encoder finds evidence.
+
+    Args:
+        encoder: The encoder.
+        collection: Labelled records, some of the test split with boxes or masks of their findings.
+        splits: Split to fit on, split to judge on.
+        config: ``size`` must be positive; its ``fractions`` and ``seeds`` are not used: all labels, one training.
+        head: One of ``HEADS``.
+        kinds: Names in ``attribution.HEAT_MAPS``.
+        val: Split to validate on.
+        cache: Folder for features.
+        progress: Where to show progress.
+    Returns: For every kind under ``maps``: ``findings`` (number of images, every measure of the encoder under
+        "encoder" and of the references, paired differences to each), the ``macro`` mean over findings, and ``sizes``,
+        pooled over findings by the size of the region.
+    Raises:
+        DataError: no test image says where a finding is, or as ``labelled.gather``.
+        ConfigError: an unknown head or heat map.
+    """
+    for given, known, what in [(head, HEADS, "head"), *((kind, HEAT_MAPS, "heat map") for kind in kinds)]:
+        if given not in known:
+            raise ConfigError(f"unknown {what} '{given}'{did_you_mean(given, known)}; known: {', '.join(known)}")
+    if not kinds:
+        raise ConfigError(f"no heat map is named; known: {', '.join(HEAT_MAPS)}")
+    progress = progress or SilentProgress()
+    material = prepare(collection, splits, config, val, progress)
+    part = next(iter(material.tests.values()))
+    truths = located(part.records, material.findings, config.size, material.pixels, progress, "regions of test images")
+    if not any(truth for row in truths for truth in row):
+        raise DataError(f"no image of split '{splits[1]}' of {collection.name} has a box or mask of a finding; "
+                        "localisation needs some (NIH: BBox_List_2017.csv beside the label table)")  # fmt: skip
+    device = device_of(config.accelerator)
+    how = protocol_config(config)
+    draw = draw_labels(material, 1.0, config.seed)
+    models = {}
+    twin = random_twin(encoder, config.seed).to(device)
+    with progress.bar("random network", len(material.fit.records), "images") as bar:
+        calibrate_norms(twin, material.fit.records, config.size, config.batch_size, material.pixels, bar)
+    fitted = np.ones(len(material.findings), dtype=bool)
+    for name, network in (("encoder", encoder.to(device)), ("random", twin)):
+        scored = TASKS[head].score(
+            Features(network, material, how, cache, progress, name), material, draw, how, progress
+        )
+        assert scored.model is not None
+        models[name] = scored.model.to(device).eval()
+        fitted &= scored.fitted
+    means, source = _averages(material, truths, config.size, progress)
+    maps = {}
+    for kind in kinds:
+        values: dict[str, FloatArray] = {}
+        with progress.bar(f"{kind}, {head}", len(part.records), "images") as bar:
+            for row, record in enumerate(part.records):
+                for f in np.flatnonzero(fitted).tolist():
+                    truth = truths[row][f]
+                    if truth is None or f not in means:
+                        continue
+                    image = fit_square(material.pixels.get(record.image).image, config.size)[None].to(device)
+                    found: dict[str, tuple[FloatArray, Frame | None]] = {
+                        name: (_map_of(model, image, f, kind), None) for name, model in models.items()
+                    }
+                    found["centre"] = _centre(config.size), None
+                    found["average"] = means[f](str(part.patients[row]))
+                    for name, (heat, box) in found.items():
+                        store = values.setdefault(
+                            name, np.full((len(part.records), len(material.findings), len(MEASURES)), np.nan)
+                        )
+                        store[row, f] = judge_map(heat, truth, box)
+                bar(row + 1)
+        if not values:
+            raise DataError("the findings that have boxes or masks in the test split have too few labels to be fitted")
+        maps[kind] = _tables(values, truths, part.patients, material.findings, config)
+    return {
+        "task": f"localize-{head}", "head": head, "encoder_digest": encoder_digest(encoder),
+        "collection": collection.name,
+        "splits": {role: p.summary(material.findings)
+                   for role, p in (("fit", material.fit), ("val", material.val), ("test", part))},
+        "average_from": {material.findings[f]: where for f, where in source.items()},
+        "maps": maps, "settings": to_plain(config), "environment": describe_environment(),
+    }  # fmt: skip
+
+
+def judge_map(heat: NDArray[np.floating[Any]], truth: Truth, box: Frame | None = None) -> FloatArray:
+    """All ``MEASURES`` of one heat map; ``box`` stands in for the one around its strongest part."""
+    mask = truth.mask
+    values = scaled(heat)
+    threshold = otsu_threshold(values)
+    overlap, of_found = box_overlap(box if box is not None else peak_box(values, threshold), list(truth.boxes))
+    return np.array([
+        pointing(heat, mask), energy_inside(heat, mask), iou(values > threshold, mask),
+        *(float(overlap >= t) for t in OVERLAPS), *(float(of_found >= t) for t in OVERLAPS),
+    ])  # fmt: skip
+
+
+def _map_of(model: ProbedEncoder, image: torch.Tensor, finding: int, kind: str) -> FloatArray:
+    return np.asarray(heat_map(model, image, finding, kind)[0].detach().cpu().numpy(), dtype=np.float64)
+
+
+def _centre(size: int) -> FloatArray:
+    line = np.exp(-0.5 * ((np.arange(size) + 0.5 - size / 2) / (size / 4)) ** 2)
+    return np.asarray(np.outer(line, line), dtype=np.float64)
+
+
+class _Average:
+    """Mean region and mean box of a finding; without those of a patient where test images had to serve."""
+
+    def __init__(self, truths: Sequence[Truth], patients: Sequence[str]) -> None:
+        self.patients = np.asarray(patients)
+        self.masks = np.stack([truth.mask for truth in truths])
+        self.boxes = [np.array(truth.boxes, dtype=np.float64) for truth in truths]
+
+    def __call__(self, patient: str) -> tuple[FloatArray, Frame]:
+        kept = self.patients != patient
+        boxes = np.concatenate([box for box, keep in zip(self.boxes, kept, strict=True) if keep])
+        return self.masks[kept].mean(0, dtype=np.float64), Frame(*boxes.mean(0).tolist())
+
+
+def _averages(
+    material: Material, truths: Sequence[Sequence[Truth | None]], size: int, progress: Progress
+) -> tuple[dict[int, _Average], dict[int, str]]:
+    """The average of every finding that the test images show, and what it is of."""
+    out: dict[int, _Average] = {}
+    source: dict[int, str] = {}
+    test = next(iter(material.tests.values()))
+    for f, finding in enumerate(material.findings):
+        rows = [row for row, found in enumerate(truths) if found[f] is not None]
+        if not rows:
+            continue
+        known = [
+            r
+            for r in material.fit.records
+            if r.labels.get(finding) == 1 and (finding in r.masks or any(b.finding == finding for b in r.boxes))
+        ]
+        found = [
+            row[0] for row in located(known[:_MOST], [finding], size, material.pixels, progress, f"average {finding}")
+        ]
+        kept = [(truth, record.patient) for truth, record in zip(found, known, strict=False) if truth is not None]
+        where = f"{len(kept)} images that were fitted on"
+        if not kept:
+            kept = [(truth, str(test.patients[row])) for row in rows if (truth := truths[row][f]) is not None]
+            where = "the other test patients"
+        if len({patient for _, patient in kept}) > 1:  # one patient's mean cannot leave that patient out
+            out[f] = _Average([truth for truth, _ in kept], [patient for _, patient in kept])
+            source[f] = where
+    return out, source
+
+
+def _tables(
+    values: Mapping[str, FloatArray], truths: Sequence[Sequence[Truth | None]], patients: NDArray[np.str_],
+    findings: Sequence[str], config: EvaluateConfig,
+) -> dict[str, Any]:  # fmt: skip
+    weights = patient_weights(patients.tolist(), config.resamples, config.seed).astype(np.float64)
+    own = values["encoder"]
+    shown = ~np.isnan(own[:, :, 0])
+    share = np.array([[truth.share if truth is not None else np.nan for truth in row] for row in truths])
+
+    def estimates(among: NDArray[np.bool_]) -> dict[str, dict[str, Any]]:
+        """Of the (image, finding) pairs ``among`` (N, F): every measure of everyone, and differences to the encoder."""
+        below = among.sum(1).astype(np.float64)
+        out: dict[str, dict[str, Any]] = {}
+        for name, table in values.items():
+            out[name] = {}
+            for m, measure in enumerate(MEASURES):
+                top = np.where(among, table[:, :, m], 0.0).sum(1)
+                out[name][measure] = ratio(top, below, patients, weights, config.level)
+        for name in REFERENCES:
+            out[f"encoder - {name}"] = {}
+            for m, measure in enumerate(MEASURES):
+                top = np.where(among, own[:, :, m] - values[name][:, :, m], 0.0).sum(1)
+                out[f"encoder - {name}"][measure] = ratio(top, below, patients, weights, config.level)
+        return out
+
+    of = {}
+    for f, finding in enumerate(findings):
+        if shown[:, f].any():
+            of[finding] = estimates(shown & (np.arange(len(findings)) == f))
+    rows = next(iter(of.values())).keys()
+    plain = {
+        finding: {"images": int(shown[:, findings.index(finding)].sum()),
+                  **{row: {m: pair[0] for m, pair in one[row].items()} for row in rows}}
+        for finding, one in of.items()
+    }  # fmt: skip
+    macro = {
+        row: {m: mean_of_ratios([one[row][m] for one in of.values()], config.level) for m in MEASURES} for row in rows
+    }
+    sizes = {}
+    for name, (low, high) in SIZES.items():
+        among = shown & (share >= low) & (share < high)
+        if among.any():
+            found = estimates(among)
+            sizes[name] = {"images": int(among.sum()),
+                           **{row: {m: pair[0] for m, pair in found[row].items()} for row in rows}}  # fmt: skip
+    return {"findings": plain, "macro": macro, "sizes": sizes}

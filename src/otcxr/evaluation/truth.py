@@ -1,0 +1,118 @@
+"""Where things are: masks and boxes of a record, in the square that an encoder sees.
+
+``fit_square`` pads an image to a square and reduces it; boxes and masks go the same way. A mask is what at least half
+of a pixel shows, or its fullest pixel where that is nowhere so: a small lesion must not vanish.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from otcxr.console import Progress
+from otcxr.data.dataset import PixelCache, read_pixels
+from otcxr.data.images import box_in_square, fit_square
+from otcxr.data.records import Record
+from otcxr.evaluation.overlap import Frame, region_boxes
+
+__all__ = ["Truth", "located", "mask_in_square", "read_truth"]
+
+
+class Truth(NamedTuple):
+    """A region of one image, in the square of ``size`` pixels.
+
+    Attributes:
+        size: S.
+        packed: The mask, one bit a pixel.
+        boxes: Those of the experts, or of the joined parts of the mask; in pixels of the square.
+    """
+
+    size: int
+    packed: NDArray[np.uint8]
+    boxes: tuple[Frame, ...]
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(S, S)."""
+        bits = np.unpackbits(self.packed, count=self.size * self.size)
+        return bits.reshape(self.size, self.size).astype(np.bool_)
+
+    @property
+    def share(self) -> float:
+        """Area as a share of the square."""
+        return float(np.unpackbits(self.packed, count=self.size * self.size).mean())
+
+
+def mask_in_square(record: Record, name: str, size: int) -> NDArray[np.bool_]:
+    """A mask of a record in the square, (size, size); empty where the mask is.
+
+    Raises: DataError: the mask cannot be read.
+    """
+    pixels = fit_square(read_pixels(record.masks[name]).image, size)[0].numpy()
+    mask = pixels >= 0.5
+    if not mask.any() and pixels.max() > 0:
+        mask = pixels == pixels.max()
+    return np.asarray(mask, dtype=np.bool_)
+
+
+def read_truth(record: Record, name: str, size: int, pixels: PixelCache) -> Truth | None:
+    """Where a finding or an organ is, from the record's mask, else from its boxes; None where neither tells.
+
+    A region of boxes is every pixel whose centre lies in one, and of each box at least the pixel at its middle.
+
+    Raises: DataError: an image or mask cannot be read.
+    """
+    own = [box for box in record.boxes if box.finding == name]
+    boxes: tuple[Frame, ...] = ()
+    mask = mask_in_square(record, name, size) if name in record.masks else None
+    if own:
+        shape = pixels.get(record.image).image.shape[-2:]
+        parts = [box_in_square(box, *shape) for box in own]
+        boxes = tuple(Frame(x * size, y * size, (x + w) * size, (y + h) * size) for x, y, w, h in parts)
+        if mask is None:
+            mask = np.zeros((size, size), dtype=np.bool_)
+            for box in boxes:
+                mask |= _covered(box, size)
+    if mask is None or not mask.any():
+        return None
+    return Truth(size, np.packbits(mask), boxes or tuple(region_boxes(mask)))
+
+
+def located(
+    records: Sequence[Record], names: Sequence[str], size: int, pixels: PixelCache, progress: Progress, title: str
+) -> list[list[Truth | None]]:
+    """The regions of images, (N, F); looked for only where the finding is not known to be absent.
+
+    Raises: DataError: an image or mask cannot be read.
+    """
+    out: list[list[Truth | None]] = []
+    with progress.bar(title, len(records), "images") as bar:
+        for done, record in enumerate(records):
+            asked = [record.labels.get(name, 1) == 1 for name in names]
+            out.append(
+                [
+                    read_truth(record, name, size, pixels) if ask else None
+                    for name, ask in zip(names, asked, strict=True)
+                ]
+            )
+            bar(done + 1)
+    return out
+
+
+def _covered(box: Frame, size: int) -> NDArray[np.bool_]:
+    """Pixels whose centre lies in a box, at least the one that holds its middle."""
+    mask = np.zeros((size, size), dtype=np.bool_)
+
+    def span(low: float, high: float) -> slice:
+        first, last = math.ceil(low - 0.5), math.ceil(high - 0.5)
+        if last <= first:
+            first = math.floor((low + high) / 2)
+            last = first + 1
+        return slice(min(max(first, 0), size - 1), max(min(last, size), 1))
+
+    mask[span(box.top, box.bottom), span(box.left, box.right)] = True
+    return mask
