@@ -368,7 +368,7 @@ def matching_rows(result: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...],
 
 def _cell(estimate: Mapping[str, Any], sign: str = "") -> str:
     if estimate["value"] is None:
-        return str(estimate["reason"])
+        return "not estimable"
     mark = " \N{DAGGER}" if "caution" in estimate else ""
     return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]{mark}"
 
