@@ -140,8 +140,8 @@ MAY_IMPORT = {
     "study.cells": STUDY,
     "study.markdown": STUDY,
     "study.results": STUDY,
-    "commands": "study train reproduce matching distributed methods evaluation attribution explain preview report cards "
-    "demo data runs config console errors",
+    "commands": "study train reproduce matching distributed methods evaluation attribution explain preview report "
+    "cards demo data runs config console errors",
     "demo": "train evaluation explain report data runs config console errors",
 }
 NEVER_A_METHOD = ("evaluation", "explain", "attribution", "preview", "report", "nn", "ot", "data", "runs")
