@@ -15,6 +15,8 @@ from otcxr.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from otcxr.evaluation.tasks import EvaluateConfig
+
 __all__ = [
     "cards",
     "data_inspect",
@@ -110,10 +112,8 @@ def reproduce(words: Sequence[str]) -> int:
 
 def evaluate(words: Sequence[str]) -> int:
     """otcxr evaluate RUN, or otcxr evaluate PREDICTIONS.csv."""
-    from otcxr.config import read_settings
-    from otcxr.evaluation.finetune import FinetuneConfig
     from otcxr.evaluation.results import evaluate_run
-    from otcxr.evaluation.tasks import TASKS, EvaluateConfig
+    from otcxr.evaluation.tasks import TASKS
     from otcxr.runs import Run
 
     parser = make_parser("evaluate", "Judge a run's encoder beside random ones, or the predictions of any tool, with "
@@ -132,14 +132,8 @@ def evaluate(words: Sequence[str]) -> int:
     )
     parser.add_argument("--against", type=str, default="", help="of a CSV: another one, compared image by image")
     parser.add_argument("--findings", type=str, default="", help="of a CSV: those to judge, with commas between")
-    add_settings(parser, "eval", EvaluateConfig)
-    add_settings(parser, "finetune", FinetuneConfig)
-    plain = _parsed(parser, words)
-    _to_log()
+    plain, config = _with_evaluation(parser, words)
     progress = RichProgress()
-    config = read_settings(
-        EvaluateConfig, plain["eval"] | {"finetune": read_settings(FinetuneConfig, plain["finetune"])}
-    )
     data = plain["data"]
     if plain["run"].lower().endswith(".csv") or Path(plain["run"]).is_file():
         if (plain["task"], data["fit"], data["val"], data["test"]) != ("linear", "train", "val", "test"):
@@ -159,6 +153,20 @@ def evaluate(words: Sequence[str]) -> int:
     if evaluation.classifier is not None:
         progress.say(f"classifier: {Path(plain['run']) / 'classifier' / plain['task']}")
     return 0
+
+
+def _with_evaluation(parser: ArgumentParser, words: Sequence[str]) -> tuple[dict[str, Any], EvaluateConfig]:
+    """Parse words with the settings of an evaluation beside the parser's own."""
+    from otcxr.config import read_settings
+    from otcxr.evaluation.finetune import FinetuneConfig
+    from otcxr.evaluation.tasks import EvaluateConfig
+
+    add_settings(parser, "eval", EvaluateConfig)
+    add_settings(parser, "finetune", FinetuneConfig)
+    plain = _parsed(parser, words)
+    _to_log()
+    finetune = read_settings(FinetuneConfig, plain["finetune"])
+    return plain, read_settings(EvaluateConfig, plain["eval"] | {"finetune": finetune})
 
 
 def _evaluate_csv(plain: dict[str, Any], config: Any, progress: RichProgress) -> int:
@@ -230,11 +238,8 @@ def study(words: Sequence[str]) -> int:
 def localize(words: Sequence[str]) -> int:
     """otcxr localize RUN."""
     from otcxr.attribution import HEAT_MAPS
-    from otcxr.config import read_settings
-    from otcxr.evaluation.finetune import FinetuneConfig
     from otcxr.evaluation.localize import HEADS
     from otcxr.evaluation.results import localize_run
-    from otcxr.evaluation.tasks import EvaluateConfig
     from otcxr.report import localize_rows
     from otcxr.runs import Run
 
@@ -247,14 +252,8 @@ def localize(words: Sequence[str]) -> int:
     parser.add_argument("--data.fit", type=str, default="train", help="split to fit on")
     parser.add_argument("--data.val", type=str, default="val", help="split to validate on")
     parser.add_argument("--data.test", type=str, default="test", help="split to judge on")
-    add_settings(parser, "eval", EvaluateConfig)
-    add_settings(parser, "finetune", FinetuneConfig)
-    plain = _parsed(parser, words)
-    _to_log()
+    plain, config = _with_evaluation(parser, words)
     progress = RichProgress()
-    config = read_settings(
-        EvaluateConfig, plain["eval"] | {"finetune": read_settings(FinetuneConfig, plain["finetune"])}
-    )
     data, run = plain["data"], Run.open(plain["run"])
     kinds = tuple(name.strip() for name in plain["maps"].split(",") if name.strip())
     result = localize_run(
