@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -372,6 +373,12 @@ def test_without_a_box_there_is_nothing_to_judge(phantoms):
 def test_unknown_words_are_named(phantoms, head, kinds, said):
     with pytest.raises(ConfigError, match=said):
         localize(build_encoder("resnet18", width=8), phantoms, ("train", "test"), QUICK, head=head, kinds=kinds)
+
+
+@pytest.mark.parametrize("unused", [{"fractions": (0.1,)}, {"seeds": 2}, {"within": ()}])
+def test_settings_that_would_do_nothing_are_refused(phantoms, unused):
+    with pytest.raises(ConfigError, match=f"eval.{next(iter(unused))} has no effect"):
+        localize(build_encoder("resnet18", width=8), phantoms, ("train", "test"), replace(QUICK, **unused))
 
 
 def test_from_the_command_line_to_the_page(tmp_path, capsys):

@@ -65,6 +65,8 @@ MEASURES = (
     "pointing", "energy", "region_iou", *(f"iou@{t}" for t in OVERLAPS), *(f"iobb@{t}" for t in OVERLAPS)
 )  # fmt: skip
 SIZES = {"under 1 %": (0.0, 0.01), "1 to 5 %": (0.01, 0.05), "over 5 %": (0.05, 1.01)}  # region, of the square
+# settings of an evaluation that would do nothing here
+_UNUSED = ("fractions", "seeds", "recalibration", "rule", "neighbours", "within", "subgroups")
 _MOST = 200  # images of a finding whose regions are averaged
 
 FloatArray = NDArray[np.float64]
@@ -88,7 +90,8 @@ def localize(
         encoder: The encoder.
         collection: Labelled records, some of the test split with boxes or masks of their findings.
         splits: Split to fit on, split to judge on.
-        config: ``size`` must be positive; its ``fractions`` and ``seeds`` are not used: all labels, one training.
+        config: ``size`` must be positive; all labels and one training, so settings of shares, seeds, thresholds and
+            groups are refused.
         head: One of ``HEADS``.
         kinds: Names in ``attribution.HEAT_MAPS``.
         val: Split to validate on.
@@ -99,13 +102,17 @@ def localize(
         pooled over findings by the size of the region.
     Raises:
         DataError: no test image says where a finding is, or as ``labelled.gather``.
-        ConfigError: an unknown head or heat map.
+        ConfigError: an unknown head or heat map, or a setting that would do nothing.
     """
     for given, known, what in [(head, HEADS, "head"), *((kind, HEAT_MAPS, "heat map") for kind in kinds)]:
         if given not in known:
             raise ConfigError(f"unknown {what} '{given}'{did_you_mean(given, known)}; known: {', '.join(known)}")
     if not kinds:
         raise ConfigError(f"no heat map is named; known: {', '.join(HEAT_MAPS)}")
+    for name in _UNUSED:
+        if getattr(config, name) != getattr(EvaluateConfig(), name):
+            raise ConfigError(f"eval.{name} has no effect on localisation, which takes all labels and one training; "
+                              "leave it out")  # fmt: skip
     progress = progress or SilentProgress()
     material = prepare(collection, splits, config, val, progress)
     part = next(iter(material.tests.values()))
