@@ -375,6 +375,15 @@ def test_unknown_words_are_named(phantoms, head, kinds, said):
         localize(build_encoder("resnet18", width=8), phantoms, ("train", "test"), QUICK, head=head, kinds=kinds)
 
 
+def test_what_has_not_looked_is_the_same_beside_every_map(phantoms, judged):
+    both = localize(build_encoder("resnet18", width=8, seed=3), phantoms, ("train", "test"), QUICK,
+                    kinds=["layer-cam", "grad-cam"])["maps"]  # fmt: skip
+    assert both["grad-cam"] == judged["maps"]["grad-cam"]
+    for who in ("centre", "average"):
+        assert both["layer-cam"]["macro"][who] == both["grad-cam"]["macro"][who]
+    assert both["layer-cam"]["macro"]["encoder"] != both["grad-cam"]["macro"]["encoder"]
+
+
 @pytest.mark.parametrize("unused", [{"fractions": (0.1,)}, {"seeds": 2}, {"within": ()}])
 def test_settings_that_would_do_nothing_are_refused(phantoms, unused):
     with pytest.raises(ConfigError, match=f"eval.{next(iter(unused))} has no effect"):

@@ -137,6 +137,7 @@ def localize(
         fitted &= scored.fitted
     means, source = _averages(material, truths, config.size, progress)
     maps = {}
+    unlearned: dict[str, FloatArray] = {}  # of centre and average: the same beside every kind
     for kind in kinds:
         values: dict[str, FloatArray] = {}
         with progress.bar(f"{kind}, {head}", len(part.records), "images") as bar:
@@ -149,8 +150,9 @@ def localize(
                     found: dict[str, tuple[FloatArray, Frame | None]] = {
                         name: (_map_of(model, image, f, kind), None) for name, model in models.items()
                     }
-                    found["centre"] = _centre(config.size), None
-                    found["average"] = means[f](str(part.patients[row]))
+                    if not unlearned:
+                        found["centre"] = _centre(config.size), None
+                        found["average"] = means[f](str(part.patients[row]))
                     for name, (heat, box) in found.items():
                         store = values.setdefault(
                             name, np.full((len(part.records), len(material.findings), len(MEASURES)), np.nan)
@@ -159,7 +161,8 @@ def localize(
                 bar(row + 1)
         if not values:
             raise DataError("the findings that have boxes or masks in the test split have too few labels to be fitted")
-        maps[kind] = _tables(values, truths, part.patients, material.findings, config)
+        unlearned = unlearned or {name: values[name] for name in ("centre", "average")}
+        maps[kind] = _tables({**values, **unlearned}, truths, part.patients, material.findings, config)
     return {
         "task": f"localize-{head}", "head": head, "encoder_digest": encoder_digest(encoder),
         "collection": collection.name,
