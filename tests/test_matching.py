@@ -103,7 +103,7 @@ def test_hits_are_those_of_a_loop(views):
     method = build_method(tiny("unused")).eval()
     batch = pairs_of(3, views)
     with torch.no_grad():
-        got = pair_scores(method, batch, {}, CPU)
+        got = pair_scores(method.encoder, method.match, batch, {}, CPU)
         match = method.match(batch)
         maps = [method.encoder(view)[-1] for view in batch.views]
     height, width = maps[0].shape[-2:]
@@ -159,7 +159,7 @@ def test_a_method_that_looks_at_the_region_is_seen_to(monkeypatch):
     masses = [torch.where(f.sum(-1, keepdim=True) > 0, f, torch.ones_like(f)) * (m > 0)
               for f, m in zip(inside, (real.a, real.b), strict=True)]  # fmt: skip
     monkeypatch.setattr(method, "match", lambda _: real._replace(a=masses[0], b=masses[1]))
-    got = pair_scores(method, batch, {"region": mask, "corner": empty}, CPU)
+    got = pair_scores(method.encoder, method.match, batch, {"region": mask, "corner": empty}, CPU)
     learned = uniform = 0.0
     views = 0
     for f, m, present in zip(inside, masses, (real.a > 0, real.b > 0), strict=True):
@@ -181,7 +181,7 @@ def test_an_image_without_shared_positions_says_nothing():
     geometry[1, ..., 2] += 2.0  # another part of the world
     apart = batch._replace(geometry=geometry)
     with torch.no_grad():
-        got = pair_scores(method, apart, {}, CPU)
+        got = pair_scores(method.encoder, method.match, apart, {}, CPU)
     assert got.known == 0
     assert set(got.hits.values()) == {0.0}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from otcxr.errors import ConfigError, did_you_mean
 from otcxr.nn.encoder import Encoder
 
-__all__ = ["HEAT_MAPS", "ProbedEncoder", "heat_map"]
+__all__ = ["HEAT_MAPS", "ProbedEncoder", "heat_map", "to_pixels"]
 
 
 class ProbedEncoder(nn.Module):
@@ -69,7 +69,7 @@ def _grad_cam(model: ProbedEncoder, images: Tensor, finding: int) -> Tensor:
     from captum.attr import LayerGradCam
 
     coarse = LayerGradCam(model, model.last_map).attribute(images, target=finding, relu_attributions=True).detach()
-    return _to_pixels(coarse, images.shape[-2], images.shape[-1], model.encoder.first_centre)[:, 0]
+    return to_pixels(coarse, images.shape[-2], images.shape[-1], model.encoder.first_centre)[:, 0]
 
 
 def _layer_cam(model: ProbedEncoder, images: Tensor, finding: int) -> Tensor:
@@ -79,7 +79,7 @@ def _layer_cam(model: ProbedEncoder, images: Tensor, finding: int) -> Tensor:
     logit = model.probe(values.mean((-2, -1)))[:, finding].sum()
     (slope,) = torch.autograd.grad(logit, values)
     coarse = (slope.clamp_min(0) * values.detach()).sum(1, keepdim=True).clamp_min(0)
-    return _to_pixels(coarse, images.shape[-2], images.shape[-1], model.encoder.first_centre)[:, 0]
+    return to_pixels(coarse, images.shape[-2], images.shape[-1], model.encoder.first_centre)[:, 0]
 
 
 def _integrated_gradients(model: ProbedEncoder, images: Tensor, finding: int) -> Tensor:
@@ -119,7 +119,7 @@ HEAT_MAPS: dict[str, Callable[[ProbedEncoder, Tensor, int], Tensor]] = {
 }
 
 
-def _to_pixels(coarse: Tensor, height: int, width: int, first: float) -> Tensor:
+def to_pixels(coarse: Tensor, height: int, width: int, first: float) -> Tensor:
     """Interpolate a map (B, 1, h, w) bilinearly at every pixel: cell i lies at (i + first) / h of the image."""
 
     def places(pixels: int, cells: int) -> Tensor:

@@ -159,14 +159,19 @@ def _with_evaluation(parser: ArgumentParser, words: Sequence[str]) -> tuple[dict
     """Parse words with the settings of an evaluation beside the parser's own."""
     from otcxr.config import read_settings
     from otcxr.evaluation.finetune import FinetuneConfig
+    from otcxr.evaluation.segment import SegmentConfig
     from otcxr.evaluation.tasks import EvaluateConfig
 
     add_settings(parser, "eval", EvaluateConfig)
     add_settings(parser, "finetune", FinetuneConfig)
+    add_settings(parser, "segment", SegmentConfig)
     plain = _parsed(parser, words)
     _to_log()
-    finetune = read_settings(FinetuneConfig, plain["finetune"])
-    return plain, read_settings(EvaluateConfig, plain["eval"] | {"finetune": finetune})
+    parts = {
+        "finetune": read_settings(FinetuneConfig, plain["finetune"]),
+        "segment": read_settings(SegmentConfig, plain["segment"]),
+    }
+    return plain, read_settings(EvaluateConfig, plain["eval"] | parts)
 
 
 def _evaluate_csv(plain: dict[str, Any], config: Any, progress: RichProgress) -> int:

@@ -23,7 +23,7 @@ same resamples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import replace as with_
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ from otcxr.data.dataset import read_pixels, refuse_too_many
 from otcxr.data.geometry import ViewBatch, apply_affine, correspondence, token_centres, token_valid
 from otcxr.data.records import Record, Skipped
 from otcxr.data.sources import open_again
-from otcxr.data.views import collate_views, make_views, view_generator
+from otcxr.data.views import ViewsConfig, collate_views, make_views, view_generator
 from otcxr.errors import CheckpointError, ConfigError, DataError
 from otcxr.evaluation.estimates import BootstrapSettings
 from otcxr.evaluation.protocols import device_of
@@ -48,11 +48,22 @@ from otcxr.evaluation.resampling import patient_weights
 from otcxr.health import correspondence_score
 from otcxr.loop import build_method
 from otcxr.methods.base import Match, SSLMethod
-from otcxr.nn.encoder import encoder_digest, load_state
+from otcxr.nn.encoder import Encoder, encoder_digest, load_state
 from otcxr.runs import Run, describe_environment
 from otcxr.settings import config_from_plain
 
-__all__ = ["FOCUS", "MATCHED", "MatchingConfig", "cover", "measure_matching", "pair_scores"]
+__all__ = [
+    "FOCUS",
+    "MATCHED",
+    "MatchingConfig",
+    "PairScores",
+    "choose_images",
+    "cover",
+    "load_method",
+    "match_images",
+    "measure_matching",
+    "pair_scores",
+]
 
 _EPOCH = 2**31 + 1  # an epoch that no training reaches, and other views than those of the probe pairs
 _FINE = 8  # points along each side of a token's cell, to see how much of it lies in a region
@@ -143,9 +154,47 @@ def measure_matching(
     collection = open_again(source or settings.data.source)
     if any(record.split for record in collection.records):
         collection = collection.split(split)
-    order = np.random.default_rng((config.seed, 9)).permutation(len(collection.records))
-    records = [collection.records[i] for i in sorted(order[: config.images or None])]
-    views = with_(settings.views, local_count=0, clean=False)
+    records = choose_images(collection.records, config)
+    scores, used, skipped = match_images(
+        method.encoder, method.match, records, settings.views, config, collection.name, progress
+    )
+    result = {
+        "task": "matching", "method": settings.method, "encoder_digest": encoder_digest(method.encoder),
+        "collection": collection.name, "split": split, "images": len(used), "skipped": [list(s) for s in skipped],
+        "patients": len({record.patient for record in used}), "pairs": config.pairs * len(used),
+        "positions": sum(score.known for score in scores), "pretrained_on": facts.get("source"),
+        **tables(scores, [record.patient for record in used], config),
+        "settings": asdict(config), "environment": describe_environment(),
+    }  # fmt: skip
+    run.write_json("evaluation/matching.json", result)
+    return result
+
+
+def choose_images(records: Sequence[Record], config: MatchingConfig) -> list[Record]:
+    """The images that are looked at: all, or as many as the settings say, drawn by their seed."""
+    order = np.random.default_rng((config.seed, 9)).permutation(len(records))
+    return [records[i] for i in sorted(order[: config.images or None].tolist())]
+
+
+def match_images(
+    encoder: Encoder, match: Callable[[ViewBatch], Match | None], records: Sequence[Record], views: ViewsConfig,
+    config: MatchingConfig, name: str, progress: Progress,
+) -> tuple[list[PairScores], list[Record], list[Skipped]]:  # fmt: skip
+    """Score pairs of views of images.
+
+    Args:
+        encoder: In evaluation mode.
+        match: A method's, on the encoder's device; None of it for an encoder without one.
+        records: Images.
+        views: How they are drawn; two whole views, however many local ones were trained on.
+        config: Settings.
+        name: Of the collection, for messages.
+        progress: Where to show progress.
+    Returns: Scores, the images that they are of, and what could not be read.
+    Raises: DataError: too many images cannot be read.
+    """
+    device = next(encoder.parameters()).device
+    views = with_(views, local_count=0, clean=False)
     scores: list[PairScores] = []
     used: list[Record] = []
     skipped: list[Skipped] = []
@@ -157,22 +206,13 @@ def measure_matching(
                     make_views(radiograph, views, view_generator(config.seed, _EPOCH + k, int(number)))
                     for k in range(config.pairs)
                 ])  # fmt: skip
-                scores.append(pair_scores(method, pairs, regions_of(record), device))
+                scores.append(pair_scores(encoder, match, pairs, regions_of(record), device))
                 used.append(record)
             except DataError as error:
                 skipped.append(Skipped(record.name, str(error), record.split))
             bar(number + 1)
-    refuse_too_many(skipped, len(records), config.max_skipped, collection.name, anything=bool(used))
-    result = {
-        "task": "matching", "method": settings.method, "encoder_digest": encoder_digest(method.encoder),
-        "collection": collection.name, "split": split, "images": len(used), "skipped": [list(s) for s in skipped],
-        "patients": len({record.patient for record in used}), "pairs": config.pairs * len(used),
-        "positions": sum(score.known for score in scores), "pretrained_on": facts.get("source"),
-        **tables(scores, [record.patient for record in used], config),
-        "settings": asdict(config), "environment": describe_environment(),
-    }  # fmt: skip
-    run.write_json("evaluation/matching.json", result)
-    return result
+    refuse_too_many(skipped, len(records), config.max_skipped, name, anything=bool(used))
+    return scores, used, skipped
 
 
 def load_method(run: Run) -> SSLMethod:
@@ -196,38 +236,40 @@ def load_method(run: Run) -> SSLMethod:
 
 
 def pair_scores(
-    method: SSLMethod, batch: ViewBatch, regions: Mapping[str, NDArray[np.bool_]], device: torch.device
-) -> PairScores:
+    encoder: Encoder, match: Callable[[ViewBatch], Match | None], batch: ViewBatch,
+    regions: Mapping[str, NDArray[np.bool_]], device: torch.device,
+) -> PairScores:  # fmt: skip
     """Score the pairs of one image; see the module for what is counted.
 
     Args:
-        method: In evaluation mode.
+        encoder: In evaluation mode.
+        match: What the method pairs, None where it pairs nothing.
         batch: Two views of B pairs of one image.
         regions: Name -> mask (H, W) of the image.
-        device: Where the method is.
+        device: Where both are.
     """
     moved = batch._replace(
         views=tuple(view.to(device) for view in batch.views),
         geometry=batch.geometry.to(device), valid=tuple(valid.to(device) for valid in batch.valid),
     )  # fmt: skip
-    maps = [method.encoder(view)[-1] for view in moved.views[:2]]
+    maps = [encoder(view)[-1] for view in moved.views[:2]]
     grids = [(int(m.shape[-2]), int(m.shape[-1])) for m in maps]
     present = [token_valid(valid, *grid) for valid, grid in zip(moved.valid, grids, strict=False)]
-    first = method.encoder.first_centre
+    first = encoder.first_centre
     true = correspondence(moved.geometry[0], moved.geometry[1], present[0], present[1], grids[0], grids[1], first)
     tokens = [F.normalize(m.flatten(2).transpose(1, 2).float(), dim=-1) for m in maps]
     even = [p / p.sum(-1, keepdim=True).clamp_min(1) for p in present]
     cost = 1.0 - tokens[0] @ tokens[1].transpose(1, 2)
     plain = Match(cost, even[0], even[1], even[0][:, :, None] * even[1][:, None, :], None)
-    match = method.match(moved)
+    paired = match(moved)
     known = int(true.known.sum())
     of_map = correspondence_score(plain, true, grids[1])
-    of_method = correspondence_score(match, true, grids[1]) if match is not None else {}
+    of_method = correspondence_score(paired, true, grids[1]) if paired is not None else {}
     hits = {
         name: known * found[key] if known else 0.0
         for name, (key, by_map) in MATCHED.items()
         for found in [of_map if by_map else of_method]
-        if key in found or (not known and (by_map or match is not None))
+        if key in found or (not known and (by_map or paired is not None))
     }
     seen: dict[str, int] = {}
     focus: dict[str, tuple[float, float]] = {}
@@ -239,12 +281,12 @@ def pair_scores(
             shown = even_share > 0
             count += int(shown.sum())
             uniform += float(even_share[shown].sum())
-            if match is not None:
-                mass = (match.a, match.b)[side].float()
+            if paired is not None:
+                mass = (paired.a, paired.b)[side].float()
                 share = (mass * inside).sum(-1) / mass.sum(-1).clamp_min(torch.finfo(mass.dtype).tiny)
                 learned += float(share[shown].sum())
         seen[name] = count
-        focus[name] = (learned if match is not None else float("nan"), uniform)
+        focus[name] = (learned if paired is not None else float("nan"), uniform)
     return PairScores(known, hits, seen, focus)
 
 

@@ -18,6 +18,7 @@ from otcxr.version import __version__
 
 __all__ = [
     "MEASURE_NAMES",
+    "RANKED",
     "TASK_NAMES",
     "describe_training",
     "localize_rows",
@@ -73,13 +74,38 @@ TASK_NAMES = {
     ),
     "knn": ("Nearest neighbours", "Weighted vote of the 20 nearest labelled images."),
     "retrieval": ("Retrieval", "Share of the nearest labelled images that have the finding that the image has."),
+    "segment-token": ("Segmentation, linear probe of tokens", "A linear layer on every position of the last map."),
+    "segment-frozen": ("Segmentation, frozen", "A U-Net decoder on the maps of the frozen encoder."),
+    "segment-finetune": ("Segmentation, fine-tuned", "A U-Net decoder, trained together with the encoder."),
+    "localize-linear": (
+        "Localisation, linear probe",
+        "Grad-CAM of a linear probe, against boxes and masks that were not trained on.",
+    ),
+    "localize-finetune": (
+        "Localisation, fine-tuned",
+        "Grad-CAM of the fine-tuned encoder, against boxes and masks that were not trained on.",
+    ),
+    "correspondence": (
+        "Correspondence",
+        "Share of positions of one view that are paired to within one cell of the true place in another, mean over "
+        "images; the same pairs for every row.",
+    ),
+    "focus": ("Focus of masses", "Share of a view's mass inside regions, mean over images that show them."),
     "predictions": ("How good they are", ""),
 }
 MEASURE_NAMES = {
     "auroc": "AUROC", "average_precision": "average precision",
     "sensitivity_at_specificity": "sensitivity at 90 % specificity",
     "precision_at_10": "precision at 10", "precision_at_5": "precision at 5", "precision_at_1": "precision at 1",
+    "dice": "Dice", "iou": "IoU", "hausdorff": "Hausdorff 95 / side", "empties": "AUROC of empties",
+    "found": "found", "left_empty": "left empty",
+    "pointing": "strongest place inside", "energy": "heat inside", "lung_energy": "heat in the lungs",
+    "region_iou": "IoU above Otsu", "iou@0.25": "IoU >= 0.25", "iobb@0.25": "IoBB >= 0.25",
+    "plan": "plan", "exact": "plan, exact cell", "nearest_by_cost": "nearest by cost",
+    "nearest_by_map": "nearest by map", "same_place": "same place", "chance": "chance",
+    "learned": "method's mass inside", "uniform": "uniform mass inside",
 }  # fmt: skip
+RANKED = ("auroc", "precision_at_10")  # of tasks whose other measures say much the same
 _NO_TERMS = {
     "step",
     "epoch",
@@ -127,7 +153,7 @@ def write_study_page(results: Mapping[str, Any], out: Path) -> Path:
     tasks = []
     for task, shares in results["tasks"].items():
         title, how = TASK_NAMES.get(task, (task, ""))
-        for test in results["images"]:
+        for test in next(iter(shares.values())):
             tables = {share: table[test] for share, table in shares.items()}
             most = next(iter(tables.values()))
             ranked = [name for name in MEASURE_NAMES if any(name in row["macro"] for row in most["rows"].values())]
@@ -138,7 +164,9 @@ def write_study_page(results: Mapping[str, Any], out: Path) -> Path:
             }
             tasks.append({
                 "title": title, "how": how, "test": test if len(results["images"]) > 1 else "", "measure": name,
-                "ranked": ranked, "shares": tables, "most": most, "over": means_over(list(tables.values())),
+                "ranked": ranked, "findings": list(next(iter(most["rows"].values()))["findings"]),
+                "several": len(ranked) > 1 and ranked[0] not in RANKED,
+                "shares": tables, "most": most, "over": means_over(list(tables.values())),
                 "within": {group: means_over([inside]) for group, inside in most["within"].items()},
                 "svg": efficiency_chart(curves, f"macro {MEASURE_NAMES[name]}", {"random"}) if len(tables) > 1 else "",
             })  # fmt: skip

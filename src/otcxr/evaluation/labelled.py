@@ -24,6 +24,7 @@ from otcxr.console import Progress
 from otcxr.data.dataset import PixelCache, check_records
 from otcxr.data.records import Collection, Record, Skipped
 from otcxr.errors import ConfigError, DataError
+from otcxr.evaluation.truth import Masks
 
 __all__ = ["LabelDraw", "Material", "Part", "draw_labels", "gather", "nested_order", "part_of", "write_draw"]
 
@@ -77,6 +78,9 @@ class Material(NamedTuple):
         fit, val: Images to fit on, and to choose on; of other patients.
         tests: Images to judge on, by name; of other patients again.
         pixels: Decoded images.
+        masks: Of a task that is judged on regions: where they are. ``findings`` are then regions, and ``labels`` say
+            whether an image shows them.
+        classes: Of such a task: the material with labels of findings that it was made of.
     """
 
     collection: str
@@ -85,6 +89,8 @@ class Material(NamedTuple):
     val: Part
     tests: Mapping[str, Part]
     pixels: PixelCache
+    masks: Masks | None = None
+    classes: Material | None = None
 
 
 class LabelDraw(NamedTuple):

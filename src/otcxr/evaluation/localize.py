@@ -6,6 +6,7 @@ where it is:
 
     pointing       whether the strongest place lies in the region
     energy         the share of the map's sum inside the region
+    lung_energy    the share of it inside the lungs, of images with a mask of them
     region_iou     IoU of the region with what lies above Otsu's threshold of the map scaled to [0, 1]
     iou@T, iobb@T  whether the box around the joined part above that threshold that holds the strongest place has an
                    IoU, or an IoBB, of at least T with a true box
@@ -37,7 +38,7 @@ from otcxr.data.images import fit_square
 from otcxr.data.records import Collection
 from otcxr.errors import ConfigError, DataError, did_you_mean
 from otcxr.evaluation.features import calibrate_norms
-from otcxr.evaluation.labelled import Material, draw_labels
+from otcxr.evaluation.labelled import LabelDraw, Material, draw_labels
 from otcxr.evaluation.overlap import (
     Frame,
     box_overlap,
@@ -48,25 +49,25 @@ from otcxr.evaluation.overlap import (
     pointing,
     scaled,
 )
-from otcxr.evaluation.protocols import Features, device_of
+from otcxr.evaluation.protocols import Features, ProtocolConfig, Scored, device_of
 from otcxr.evaluation.ratios import mean_of_ratios, ratio
 from otcxr.evaluation.resampling import patient_weights
 from otcxr.evaluation.tasks import TASKS, EvaluateConfig, prepare, protocol_config, random_twin
-from otcxr.evaluation.truth import Truth, located
+from otcxr.evaluation.truth import Masks, Truth, located
 from otcxr.nn.encoder import Encoder, encoder_digest
 from otcxr.runs import describe_environment
 
-__all__ = ["HEADS", "MEASURES", "OVERLAPS", "REFERENCES", "SIZES", "judge_map", "localize"]
+__all__ = ["HEADS", "MEASURES", "OVERLAPS", "REFERENCES", "SIZES", "judge_map", "localize", "localized"]
 
 HEADS = ("linear", "finetune")
 REFERENCES = ("centre", "average", "random")
 OVERLAPS = (0.1, 0.25, 0.5, 0.75, 0.9)
 MEASURES = (
-    "pointing", "energy", "region_iou", *(f"iou@{t}" for t in OVERLAPS), *(f"iobb@{t}" for t in OVERLAPS)
+    "pointing", "energy", "lung_energy", "region_iou", *(f"iou@{t}" for t in OVERLAPS), *(f"iobb@{t}" for t in OVERLAPS)
 )  # fmt: skip
 SIZES = {"under 1 %": (0.0, 0.01), "1 to 5 %": (0.01, 0.05), "over 5 %": (0.05, 1.01)}  # region, of the square
 # settings of an evaluation that would do nothing here
-_UNUSED = ("fractions", "seeds", "recalibration", "rule", "neighbours", "within", "subgroups")
+_UNUSED = ("fractions", "seeds", "recalibration", "rule", "neighbours", "within", "subgroups", "segment")
 _MOST = 200  # images of a finding whose regions are averaged
 
 FloatArray = NDArray[np.float64]
@@ -135,6 +136,7 @@ def localize(
         assert scored.model is not None
         models[name] = scored.model.to(device).eval()
         fitted &= scored.fitted
+    lungs = Masks(config.size)
     means, source = _averages(material, truths, config.size, progress)
     maps = {}
     unlearned: dict[str, FloatArray] = {}  # of centre and average: the same beside every kind
@@ -153,11 +155,12 @@ def localize(
                     if not unlearned:
                         found["centre"] = _centre(config.size), None
                         found["average"] = means[f](str(part.patients[row]))
+                    beside = lungs(record, "lungs")
                     for name, (heat, box) in found.items():
                         store = values.setdefault(
                             name, np.full((len(part.records), len(material.findings), len(MEASURES)), np.nan)
                         )
-                        store[row, f] = judge_map(heat, truth, box)
+                        store[row, f] = judge_map(heat, truth, box, beside)
                 bar(row + 1)
         if not values:
             raise DataError("the findings that have boxes or masks in the test split have too few labels to be fitted")
@@ -173,14 +176,58 @@ def localize(
     }  # fmt: skip
 
 
-def judge_map(heat: NDArray[np.floating[Any]], truth: Truth, box: Frame | None = None) -> FloatArray:
-    """All ``MEASURES`` of one heat map; ``box`` stands in for the one around its strongest part."""
+def localized(
+    head: str, features: Features, material: Material, draw: LabelDraw, config: ProtocolConfig, progress: Progress
+) -> Scored:
+    """Measure the Grad-CAM maps of a head, fitted to the labels of a draw, on all test images; a task for studies.
+
+    Args:
+        head: One of ``HEADS``.
+        features, draw, config, progress: As of the protocols.
+        material: Of ``regions.placed``.
+    """
+    assert material.masks is not None
+    assert material.classes is not None
+    scored = TASKS[head].score(features, material.classes, draw, config, progress)
+    assert scored.model is not None
+    model = scored.model.to(next(features.encoder.parameters()).device).eval()
+    tests = {}
+    for name, part in material.tests.items():
+        values = np.full((len(MEASURES), *part.labels.shape), np.nan)
+        judged = (part.labels == 1) & scored.fitted
+        with progress.bar(f"heat maps, {head}", len(part.records), "images") as bar:
+            for row, record in enumerate(part.records):
+                for f in np.flatnonzero(judged[row]).tolist():
+                    truth = material.masks.truth(record, material.findings[f], material.pixels)
+                    assert truth is not None
+                    image = fit_square(material.pixels.get(record.image).image, config.size)[None]
+                    heat = _map_of(model, image.to(model.probe.weight.device), f, "grad-cam")
+                    values[:, row, f] = judge_map(heat, truth, None, material.masks(record, "lungs"))
+                bar(row + 1)
+        # a measure that some judged image does not have (no mask of the lungs) is none of this collection
+        there = [k for k in range(len(MEASURES)) if not np.isnan(values[k][judged]).any()]
+        tests[name] = {MEASURES[k]: np.nan_to_num(values[k]) for k in there}
+    return Scored(None, tests, scored.fitted, facts=scored.facts, missing=scored.missing)
+
+
+def judge_map(
+    heat: NDArray[np.floating[Any]], truth: Truth, box: Frame | None = None, lungs: NDArray[np.bool_] | None = None
+) -> FloatArray:
+    """All ``MEASURES`` of one heat map.
+
+    Args:
+        heat: (S, S) >= 0.
+        truth: Where the finding is.
+        box: Stands in for the one around the map's strongest part.
+        lungs: (S, S), where they are; without any ``lung_energy`` is NaN.
+    """
     mask = truth.mask
     values = scaled(heat)
     threshold = otsu_threshold(values)
     overlap, of_found = box_overlap(box if box is not None else peak_box(values, threshold), list(truth.boxes))
     return np.array([
-        pointing(heat, mask), energy_inside(heat, mask), iou(values > threshold, mask),
+        pointing(heat, mask), energy_inside(heat, mask),
+        np.nan if lungs is None else energy_inside(heat, lungs), iou(values > threshold, mask),
         *(float(overlap >= t) for t in OVERLAPS), *(float(of_found >= t) for t in OVERLAPS),
     ])  # fmt: skip
 
@@ -247,20 +294,22 @@ def _tables(
     shown = ~np.isnan(own[:, :, 0])
     share = np.array([[truth.share if truth is not None else np.nan for truth in row] for row in truths])
 
+    def mean(table: FloatArray, among: NDArray[np.bool_]) -> tuple[dict[str, Any], FloatArray]:
+        there = among & ~np.isnan(table)
+        below = there.sum(1).astype(np.float64)
+        return ratio(np.where(there, table, 0.0).sum(1), below, patients, weights, config.level)
+
     def estimates(among: NDArray[np.bool_]) -> dict[str, dict[str, Any]]:
         """Of the (image, finding) pairs ``among`` (N, F): every measure of everyone, and differences to the encoder."""
-        below = among.sum(1).astype(np.float64)
         out: dict[str, dict[str, Any]] = {}
         for name, table in values.items():
             out[name] = {}
             for m, measure in enumerate(MEASURES):
-                top = np.where(among, table[:, :, m], 0.0).sum(1)
-                out[name][measure] = ratio(top, below, patients, weights, config.level)
+                out[name][measure] = mean(table[:, :, m], among)
         for name in REFERENCES:
             out[f"encoder - {name}"] = {}
             for m, measure in enumerate(MEASURES):
-                top = np.where(among, own[:, :, m] - values[name][:, :, m], 0.0).sum(1)
-                out[f"encoder - {name}"][measure] = ratio(top, below, patients, weights, config.level)
+                out[f"encoder - {name}"][measure] = mean(own[:, :, m] - values[name][:, :, m], among)
         return out
 
     of = {}

@@ -18,7 +18,9 @@ from otcxr.errors import DataError
 __all__ = [
     "Frame",
     "box_overlap",
+    "dice",
     "energy_inside",
+    "hausdorff_95",
     "iou",
     "otsu_threshold",
     "peak_box",
@@ -52,6 +54,16 @@ class Frame(NamedTuple):
                      min(self.bottom, other.bottom)).area  # fmt: skip
 
 
+def dice(found: Mask, truth: Mask) -> float:
+    """2 |A and B| / (|A| + |B|); NaN where both are empty.
+
+    Raises: DataError: shapes differ.
+    Source: Dice, Ecology 26, 1945.
+    """
+    total = int(_checked(found, truth).sum()) + int(truth.sum())
+    return 2.0 * int((found & truth).sum()) / total if total else math.nan
+
+
 def iou(found: Mask, truth: Mask) -> float:
     """|A and B| / |A or B|, the Jaccard index; NaN where both are empty.
 
@@ -59,6 +71,32 @@ def iou(found: Mask, truth: Mask) -> float:
     """
     union = int((_checked(found, truth) | truth).sum())
     return int((found & truth).sum()) / union if union else math.nan
+
+
+def hausdorff_95(found: Mask, truth: Mask, spacing: tuple[float, float] = (1.0, 1.0)) -> float:
+    """95th percentile of the distances between the two borders, the larger of both directions.
+
+        max(q95 over a in border(A) of d(a, border(B)), q95 over b in border(B) of d(b, border(A)))
+
+    Border pixels are those of the region with a neighbour over an edge outside it; the edge of the image counts as
+    outside. Distances go from centre to centre.
+
+    Args:
+        found, truth: (H, W).
+        spacing: Of rows and columns; the result has its unit.
+    Returns: >= 0. NaN where the truth is empty; where only ``found`` is, the diagonal of the image: a lesion that was
+        not found at all is no better than one that was found at the far corner.
+    Raises: DataError: shapes differ.
+    Source: Huttenlocher et al., IEEE PAMI 15, 1993; Taha and Hanbury, BMC Medical Imaging 15:29, 2015 (percentile).
+    """
+    _checked(found, truth)
+    if not truth.any():
+        return math.nan
+    if not found.any():
+        return math.hypot(truth.shape[0] * spacing[0], truth.shape[1] * spacing[1])
+    borders = [_border(mask) for mask in (found, truth)]
+    away = [ndimage.distance_transform_edt(~border, sampling=spacing) for border in borders]
+    return float(max(np.percentile(away[1][borders[0]], 95), np.percentile(away[0][borders[1]], 95)))
 
 
 def pointing(heat: NDArray[np.floating], truth: Mask) -> float:
@@ -174,3 +212,8 @@ def _checked_heat(heat: NDArray[np.floating], truth: Mask) -> FloatArray:
     if not np.isfinite(values).all() or values.min() < 0:
         raise DataError("a heat map must be finite and >= 0; take what speaks for the finding, max(0, evidence)")
     return values
+
+
+def _border(mask: Mask) -> Mask:
+    inner: Mask = ndimage.binary_erosion(mask, border_value=0)
+    return mask & ~inner

@@ -4,6 +4,7 @@
     finetune    the encoder trained on, from the linear probe
     knn         weighted vote of the nearest labelled images
     retrieval   how many of the nearest labelled images share a finding
+    segmented   a head on the maps, trained on masks
 
 Each takes the same labels of the same draw and knows nothing of how the encoder was trained.
 """
@@ -11,6 +12,7 @@ Each takes the same labels of the same draw and knows nothing of how the encoder
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +28,21 @@ from otcxr.evaluation.classify import LinearProbe, fit_probe, knn_scores, neares
 from otcxr.evaluation.features import pooled_features
 from otcxr.evaluation.finetune import FinetuneConfig, finetune, predict_logits
 from otcxr.evaluation.labelled import LabelDraw, Material, Part
+from otcxr.evaluation.segment import SegmentConfig, segment
 from otcxr.nn.encoder import Encoder
 
-__all__ = ["RETRIEVED", "Features", "ProtocolConfig", "Scored", "device_of", "finetuned", "knn", "linear", "retrieval"]
+__all__ = [
+    "RETRIEVED",
+    "Features",
+    "ProtocolConfig",
+    "Scored",
+    "device_of",
+    "finetuned",
+    "knn",
+    "linear",
+    "retrieval",
+    "segmented",
+]
 
 RETRIEVED = (1, 5, 10)  # nearest images that retrieval looks at
 
@@ -42,6 +56,7 @@ class ProtocolConfig(NamedTuple):
         strengths, folds: Of the linear probe.
         neighbours: Of kNN.
         finetune: Of fine-tuning.
+        segment: Of segmentation.
     """
 
     size: int
@@ -50,14 +65,16 @@ class ProtocolConfig(NamedTuple):
     folds: int
     neighbours: int
     finetune: FinetuneConfig
+    segment: SegmentConfig
 
 
 class Scored(NamedTuple):
     """What a protocol says of images it was not fitted on.
 
     Attributes:
-        val: Logits (V, F) of the validation images of the draw; None for retrieval.
-        tests: For each set of test images, logits (N, F); for retrieval precisions, by measure.
+        val: Logits (V, F) of the validation images of the draw; None for a protocol that measures each image itself.
+        tests: For each set of test images, logits (N, F) under "score"; or, without ``val``, by measure what each
+            image shows, (N, F).
         fitted: (F,) whether there were labels enough.
         probe: The linear probe, where one was fitted.
         model: Encoder with head, where there is one.
@@ -75,20 +92,32 @@ class Scored(NamedTuple):
 
 
 class Features:
-    """Pooled features of an encoder for a material, computed once."""
+    """Pooled features of an encoder for a material, computed once, when they are first asked for."""
 
     def __init__(
         self, encoder: Encoder, material: Material, config: ProtocolConfig, cache: Path | None, progress: Progress,
         title: str,
     ) -> None:  # fmt: skip
         self.encoder = encoder
+        self._parts = material.fit, material.val, material.tests
 
         def of(part: Part) -> NDArray[np.float32]:
             return pooled_features(encoder, part.records, config.size, config.batch_size, material.pixels, cache,
                                    progress, f"{title} {part.name}"[:28])  # fmt: skip
 
-        self.fit, self.val = of(material.fit), of(material.val)
-        self.tests = {name: of(part) for name, part in material.tests.items()}
+        self._of = of
+
+    @cached_property
+    def fit(self) -> NDArray[np.float32]:
+        return self._of(self._parts[0])
+
+    @cached_property
+    def val(self) -> NDArray[np.float32]:
+        return self._of(self._parts[1])
+
+    @cached_property
+    def tests(self) -> dict[str, NDArray[np.float32]]:
+        return {name: self._of(part) for name, part in self._parts[2].items()}
 
 
 def _probe(features: Features, material: Material, draw: LabelDraw, config: ProtocolConfig) -> LinearProbe:
@@ -161,6 +190,14 @@ def retrieval(
     chance = [float(y[known[:, f], f].mean()) if known[:, f].any() else None for f in range(y.shape[1])]
     return Scored(None, tests, fitted, facts={"precision_by_chance": dict(zip(material.findings, chance, strict=True))},
                   missing="no labelled image has it")  # fmt: skip
+
+
+def segmented(
+    head: str, features: Features, material: Material, draw: LabelDraw, config: ProtocolConfig, progress: Progress
+) -> Scored:
+    """Measure the segmentation of the test images by a head of ``segment.HEADS``, trained on the masks of a draw."""
+    found = segment(features.encoder, material, draw, config.segment, head, progress)
+    return Scored(None, found.tests, found.fitted, facts=found.facts, missing="no labelled image shows it")
 
 
 def device_of(accelerator: str) -> torch.device:

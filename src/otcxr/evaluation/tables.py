@@ -5,6 +5,7 @@ Scores of K seeds go in together; every estimate is the mean over them (``statis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from otcxr.evaluation.classifier import Decision, fit_decisions, thresholds_of
 from otcxr.evaluation.delong import delong
 from otcxr.evaluation.estimates import BootstrapSettings, Comparison, as_json
 from otcxr.evaluation.labelled import LabelDraw, Material, Part
+from otcxr.evaluation.metrics import auroc
 from otcxr.evaluation.protocols import Scored
-from otcxr.evaluation.resampling import Column, Drawn, draw
+from otcxr.evaluation.resampling import Column, Drawn, Metric, draw
 from otcxr.evaluation.statistics import (
     POWER,
     calibration_columns,
@@ -37,7 +39,9 @@ __all__ = [
     "draw_judged",
     "group_rows",
     "judge",
+    "mean_of_negatives",
     "mean_of_positives",
+    "measured_columns",
     "only",
     "power_json",
     "ranking",
@@ -94,7 +98,7 @@ def judge(
     notes = tuple("" if ok else scored[0].missing for ok in fitted.tolist())
     values = {name: np.stack([one.tests[test][name] for one in scored]) for name in scored[0].tests[test]}
     if scored[0].val is None:
-        columns = {name: Column(array, mean_of_positives, notes) for name, array in values.items()}
+        columns = measured_columns(values, notes, material.tests[test])
         return Judged(columns, None, None, np.zeros((len(scored), len(notes))), notes, ())
     scores = values["score"]
     decisions = tuple(
@@ -117,6 +121,38 @@ def judge(
                      if own[f].recalibration.note), "") for f in range(len(notes))]  # fmt: skip
         columns |= calibration_columns(probabilities, [a or b for a, b in zip(notes, raw, strict=True)])
     return Judged(columns, scores, probabilities, thresholds, threshold_notes, decisions)
+
+
+def measured_columns(
+    values: Mapping[str, NDArray[np.float64]], notes: Sequence[str], part: Part
+) -> dict[str, Column]:
+    """Columns of what each image shows by itself, (K, N, F) by measure: means over the images with the finding.
+
+    Three measures look at images without it as well: ``empties`` (AUROC) and ``left_empty`` (mean over these).
+    """
+    negatives = [len(set(part.patients[part.labels[:, f] == 0].tolist())) for f in range(part.labels.shape[1])]
+    least = BootstrapSettings.min_negative_patients
+    few = [
+        note or ("" if count >= least else f"not estimable: {count} patients without it, at least {least} needed")
+        for note, count in zip(notes, negatives, strict=True)
+    ]
+    out = {}
+    for name, array in values.items():
+        column = Column(array, mean_of_positives, notes)
+        if name == "hausdorff":
+            column = column._replace(bounds=(0.0, math.sqrt(2)), higher_is_better=False, anchor=False)
+        elif name in ("empties", "left_empty"):
+            metric: Metric = auroc if name == "empties" else mean_of_negatives
+            column = column._replace(metrics=metric, notes=few, anchor=False)
+        elif name == "found":
+            column = column._replace(anchor=False)
+        out[name] = column
+    return out
+
+
+def mean_of_negatives(labels: NDArray[np.float64], scores: NDArray[np.float64], weights: NDArray[Any]) -> Any:
+    """As :func:`mean_of_positives`, over images without the finding."""
+    return mean_of_positives(np.where(np.isnan(labels), labels, 1 - labels), scores, weights)
 
 
 def mean_of_positives(labels: NDArray[np.float64], scores: NDArray[np.float64], weights: NDArray[Any]) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from otcxr.config import to_plain
 from otcxr.console import Progress, SilentProgress
 from otcxr.data.records import Collection
 from otcxr.errors import ConfigError, did_you_mean
+from otcxr.evaluation import regions
 from otcxr.evaluation.calibration import RECALIBRATIONS
 from otcxr.evaluation.classifier import Classifier
 from otcxr.evaluation.classify import LinearProbe
@@ -22,8 +24,19 @@ from otcxr.evaluation.estimates import BootstrapSettings
 from otcxr.evaluation.features import calibrate_norms
 from otcxr.evaluation.finetune import FinetuneConfig
 from otcxr.evaluation.labelled import LabelDraw, Material, Part, draw_labels, gather
-from otcxr.evaluation.protocols import Features, ProtocolConfig, Scored, device_of, finetuned, knn, linear, retrieval
+from otcxr.evaluation.protocols import (
+    Features,
+    ProtocolConfig,
+    Scored,
+    device_of,
+    finetuned,
+    knn,
+    linear,
+    retrieval,
+    segmented,
+)
 from otcxr.evaluation.resampling import Drawn
+from otcxr.evaluation.segment import SegmentConfig
 from otcxr.evaluation.statistics import common_findings, compare_drawn
 from otcxr.evaluation.subgroups import ATTRIBUTES
 from otcxr.evaluation.tables import (
@@ -47,10 +60,12 @@ __all__ = [
     "EvaluateConfig",
     "Evaluation",
     "Task",
+    "bootstrap_for",
     "evaluate",
     "prepare",
     "protocol_config",
     "random_twin",
+    "view_for",
 ]
 
 
@@ -61,11 +76,14 @@ class Task(NamedTuple):
         score: Encoder and labels of a draw -> what is said of the test images.
         settings: Those of ``EvaluateConfig`` that decide it, beside those of ``SHARED``.
         repeats: Whether seeds differ even with all labels.
+        view: Of the material, for a task that is judged by where regions are and not by labels of findings: material,
+            size, wanted regions -> material with ``masks``.
     """
 
     score: Callable[[Features, Material, LabelDraw, ProtocolConfig, Progress], Scored]
     settings: tuple[str, ...] = ()
     repeats: bool = False
+    view: Callable[[Material, int, Sequence[str], Progress], Material] | None = None
 
 
 TASKS: dict[str, Task] = {
@@ -73,6 +91,9 @@ TASKS: dict[str, Task] = {
     "finetune": Task(finetuned, ("strengths", "folds", "finetune"), repeats=True),
     "knn": Task(knn, ("neighbours",)),
     "retrieval": Task(retrieval),
+    "segment-token": Task(partial(segmented, "token"), ("segment",), view=regions.segmented),
+    "segment-frozen": Task(partial(segmented, "frozen"), ("segment",), repeats=True, view=regions.segmented),
+    "segment-finetune": Task(partial(segmented, "finetune"), ("segment",), repeats=True, view=regions.segmented),
 }
 _OF_SHARE = ("fraction", "draws", "facts", "curve")  # what a result says of a share of labels beside its table
 SHARED = ("size", "fractions", "holdout", "seed")  # settings that decide what every task says
@@ -102,6 +123,7 @@ class EvaluateConfig:
         cache_gb: Memory in GB for decoded images.
         seed: Of folds, resamples, label draws and the random-initialised encoders.
         finetune: Of the task finetune.
+        segment: Of the tasks segment-token, segment-frozen and segment-finetune.
     """
 
     size: int = 0
@@ -123,6 +145,7 @@ class EvaluateConfig:
     cache_gb: float = 2.0
     seed: int = 0
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
 
     def __post_init__(self) -> None:
         if self.folds < 2 or self.batch_size < 2 or not self.strengths or min(self.strengths) <= 0:
@@ -204,7 +227,7 @@ def evaluate(
     if task not in TASKS:
         raise ConfigError(f"unknown task '{task}'{did_you_mean(task, TASKS)}")
     progress = progress or SilentProgress()
-    material = prepare(collection, splits, config, val, progress)
+    material = view_for(TASKS[task], prepare(collection, splits, config, val, progress), config, progress)
     how = protocol_config(config)
     device = device_of(config.accelerator)
     encoder = encoder.to(device)
@@ -219,7 +242,7 @@ def evaluate(
         twins.append(Features(twin, material, how, cache, progress, f"random {k}"))
     test = next(iter(material.tests))
     part = material.tests[test]
-    settings = BootstrapSettings(config.resamples, config.seed, config.level)
+    settings = bootstrap_for(TASKS[task], config)
     tables: dict[float, dict[str, Any]] = {}
     drawn: dict[float, tuple[Drawn, Drawn]] = {}
     largest: tuple[list[Scored], Judged, Judged] | None = None
@@ -309,10 +332,24 @@ def prepare(
                   cache_gb=config.cache_gb, progress=progress, external=external)  # fmt: skip
 
 
+def view_for(task: Task, material: Material, config: EvaluateConfig, progress: Progress) -> Material:
+    """The material as a task looks at it: with labels of findings, or with places of regions.
+
+    Raises: DataError: see ``regions``.
+    """
+    return material if task.view is None else task.view(material, config.size, config.segment.regions, progress)
+
+
+def bootstrap_for(task: Task, config: EvaluateConfig) -> BootstrapSettings:
+    """How a task's intervals are made: what is measured where a region is needs no images without it."""
+    least = 0 if task.view is not None else BootstrapSettings.min_negative_patients
+    return BootstrapSettings(config.resamples, config.seed, config.level, min_negative_patients=least)
+
+
 def protocol_config(config: EvaluateConfig) -> ProtocolConfig:
     """The part of the settings that protocols need."""
     return ProtocolConfig(config.size, config.batch_size, config.strengths, config.folds, config.neighbours,
-                          config.finetune)  # fmt: skip
+                          config.finetune, config.segment)  # fmt: skip
 
 
 def random_twin(encoder: Encoder, seed: int) -> Encoder:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from otcxr.console import Progress
 from otcxr.data.dataset import PixelCache, read_pixels
 from otcxr.data.images import box_in_square, fit_square
-from otcxr.data.records import Record
+from otcxr.data.records import ImageRef, Record
 from otcxr.evaluation.overlap import Frame, region_boxes
 
-__all__ = ["Truth", "located", "mask_in_square", "read_truth"]
+__all__ = ["Masks", "Truth", "located", "mask_in_square", "read_truth"]
 
 
 class Truth(NamedTuple):
@@ -45,6 +45,39 @@ class Truth(NamedTuple):
     def share(self) -> float:
         """Area as a share of the square."""
         return float(np.unpackbits(self.packed, count=self.size * self.size).mean())
+
+
+class Masks:
+    """Masks of records in the square, read once and kept as bits.
+
+    Args:
+        size: Side of the square in pixels.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._kept: dict[ImageRef, NDArray[np.uint8]] = {}
+        self._truths: dict[tuple[ImageRef, str], Truth | None] = {}
+
+    def __call__(self, record: Record, name: str) -> NDArray[np.bool_]:
+        """The mask of a record, (size, size); empty where the record has none of this name.
+
+        Raises: DataError: it cannot be read.
+        """
+        if name not in record.masks:
+            return np.zeros((self.size, self.size), dtype=np.bool_)
+        reference = record.masks[name]
+        if reference not in self._kept:
+            self._kept[reference] = np.packbits(mask_in_square(record, name, self.size))
+        bits = np.unpackbits(self._kept[reference], count=self.size * self.size)
+        return bits.reshape(self.size, self.size).astype(np.bool_)
+
+    def truth(self, record: Record, name: str, pixels: PixelCache) -> Truth | None:
+        """As ``read_truth``, read once."""
+        key = record.image, name
+        if key not in self._truths:
+            self._truths[key] = read_truth(record, name, self.size, pixels)
+        return self._truths[key]
 
 
 def mask_in_square(record: Record, name: str, size: int) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""Decoders: from the last map of an encoder back to pixels."""
+"""Decoders: from the maps of an encoder back to pixels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from otcxr.errors import ConfigError
 
-__all__ = ["Decoder", "UpBlock"]
+__all__ = ["Decoder", "UNet", "UpBlock"]
 
 
 class UpBlock(nn.Module):
@@ -25,6 +25,39 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.layers(self.enlarge(x))
+        return out
+
+
+class UNet(nn.Module):
+    """A decoder with skips: all maps of an encoder to one map of the resolution of the image.
+
+    From the coarsest map on: enlarge by the nearest position to the size of the next finer map, join it, twice 3x3
+    convolution, BatchNorm, ReLU; at last to the size of the image without a skip.
+
+    Args:
+        channels: Of the encoder's maps, fine to coarse.
+        outputs: Channels of the result.
+        width: Channels of the last block; each coarser one has twice as many.
+    Source: Ronneberger et al., MICCAI 2015, arXiv:1505.04597 (there with an encoder of its own and no padding).
+    """
+
+    def __init__(self, channels: Sequence[int], outputs: int, width: int) -> None:
+        super().__init__()
+        finer = [*reversed(channels[:-1]), 0]
+        wide = [width * 2**k for k in reversed(range(len(finer)))]
+        self.blocks = nn.ModuleList(
+            UpBlock(before + skip, after, 1)
+            for before, skip, after in zip((channels[-1], *wide), finer, wide, strict=False)
+        )
+        self.last = nn.Conv2d(width, outputs, 1)
+
+    def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Decode maps (B, channels[i], h_i, w_i), fine to coarse, to (B, outputs, *size)."""
+        x = maps[-1]
+        for skip, block in zip((*reversed(maps[:-1]), None), self.blocks, strict=True):
+            x = nn.functional.interpolate(x, size if skip is None else skip.shape[-2:], mode="nearest")
+            x = block(x if skip is None else torch.cat((x, skip), 1))
+        out: Tensor = self.last(x)
         return out
 
 

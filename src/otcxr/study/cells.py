@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing.connection import wait
@@ -38,12 +38,14 @@ from otcxr.evaluation.features import calibrate_norms
 from otcxr.evaluation.labelled import Material, draw_labels
 from otcxr.evaluation.metrics import auroc
 from otcxr.evaluation.protocols import Features, device_of
-from otcxr.evaluation.tasks import TASKS, prepare, protocol_config
+from otcxr.evaluation.tasks import prepare, protocol_config, view_for
+from otcxr.matching import choose_images, load_method, match_images
 from otcxr.nn.encoder import Encoder, build_encoder, encoder_digest, load_encoder
 from otcxr.nn.imported import from_torchvision, read_weights
-from otcxr.runs import describe_environment, write_atomic
+from otcxr.runs import Run, describe_environment, write_atomic
 from otcxr.settings import config_to_plain
 from otcxr.study.spec import IMAGENET, Study, Unit, read_study, training_digest
+from otcxr.study.tasks import ENCODER_TASKS, PAIR_TASKS, answer_of_pairs
 from otcxr.train import pretrain
 
 __all__ = ["chosen_point", "external_collection", "read_cell", "run_study", "run_unit", "unpack"]
@@ -86,8 +88,14 @@ def run_study(
     return failed
 
 
-def run_unit(study: Study, unit: Unit, out: Path, runs: Path, progress: Progress, material: Material) -> None:
-    """Train and judge one unit, whatever of it is missing; see the module's text for what it writes."""
+def run_unit(
+    study: Study, unit: Unit, out: Path, runs: Path, progress: Progress, views: Callable[[str], Material]
+) -> None:
+    """Train and judge one unit, whatever of it is missing; see the module's text for what it writes.
+
+    ``views`` gives the images as a task looks at them; "" is the material itself.
+    """
+    material = views("")
     chosen = study.points()[unit.point] if unit.point is not None else chosen_point(study, out, unit.row)
     config = study.config(unit, chosen)
     made = training_digest(config, study, unit)
@@ -106,12 +114,15 @@ def run_unit(study: Study, unit: Unit, out: Path, runs: Path, progress: Progress
         begun = time.perf_counter()
         if task == "tune":
             given = draw_labels(material, 1.0, study.evaluate.seed + unit.seed)
-            scored = TASKS["linear"].score(features, material, given, how, progress)
+            scored = ENCODER_TASKS["linear"].score(features, material, given, how, progress)
             assert scored.val is not None
             value = _macro(material.val.labels[given.val], scored.val)
             cell: dict[str, Any] = {"point": chosen, "validation_auroc": value}
+        elif task in PAIR_TASKS:
+            folder = None if config is None else _folder(runs, unit, made)
+            cell = _paired(study, task, features.encoder, folder, material, progress)
         else:
-            cell = _judged(study, unit, task, features, material, progress)
+            cell = _judged(study, unit, task, features, views(task), progress)
         cell = {
             "study": study.name, "unit": unit._asdict(), "task": task, "digest": _judge_digest(study, made, task),
             "encoder_digest": encoder_digest(encoder), "elapsed_s": round(time.perf_counter() - begun, 1),
@@ -279,18 +290,35 @@ def _begin(threads: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-_MATERIAL: dict[tuple[str, str], Material] = {}  # of this process: images are decoded once for all of its units
+_MATERIAL: dict[tuple[str, str], Views] = {}  # of this process: images are decoded once for all of its units
+
+
+class Views:
+    """The images of a study as its tasks look at them, each way once."""
+
+    def __init__(self, study: Study) -> None:
+        self._study, self._whole = study, _gather(study)
+        self._made: dict[Any, Material] = {}
+
+    def __call__(self, task: str) -> Material:
+        view = ENCODER_TASKS[task].view if task else None
+        if view is None:
+            return self._whole
+        if view not in self._made:
+            self._made[view] = view_for(ENCODER_TASKS[task], self._whole, self._study.evaluate, SilentProgress())
+        return self._made[view]
 
 
 def _attempt(path: str, out: str, runs: str, unit: Unit) -> list[str]:
     """Run a unit; what goes wrong in it is a line, so that the others go on."""
     try:
         study = read_study(path)
-        own = (study.source, study.fit, study.val, study.test, study.evaluate.holdout, study.evaluate.max_skipped)
+        own = (study.source, study.fit, study.val, study.test, study.evaluate.holdout, study.evaluate.max_skipped,
+               study.evaluate.size, study.evaluate.segment)  # fmt: skip
         key = (path, repr((own, study.external)))
         if key not in _MATERIAL:
             _MATERIAL.clear()
-            _MATERIAL[key] = _gather(study)
+            _MATERIAL[key] = Views(study)
         run_unit(study, unit, Path(out), Path(runs), SilentProgress(), _MATERIAL[key])
     except OtcxrError as error:
         return [f"{unit.name}: {error}"]
@@ -365,21 +393,51 @@ def _judged(
     shares: dict[str, Any] = {}
     for fraction in sorted(set(study.evaluate.fractions)):
         given = draw_labels(material, fraction, study.evaluate.seed + unit.seed)
-        scored = TASKS[task].score(features, material, given, how, progress)
+        scored = ENCODER_TASKS[task].score(features, material, given, how, progress)
         shares[f"{fraction:g}"] = {
             "labels": {"digest": given.digest, "images": len(given.fit), "validation_images": len(given.val)},
             "fitted": scored.fitted.tolist(),
             "validation_auroc": None if scored.val is None else _macro(material.val.labels[given.val], scored.val),
             "tests": {name: {k: pack(v) for k, v in found.items()} for name, found in scored.tests.items()},
         }
-    images = {name: digest([r.name for r in part.records]) for name, part in material.tests.items()}
+    whole = material.classes or material  # whose images are skipped; a mask that is broken skips no image
     return {
-        "findings": list(material.findings), "images": images,
-        "skipped": {name: [item.image for item in part.skipped] for name, part in material.tests.items()},
+        "findings": list(material.findings),
+        "images": {name: digest([r.name for r in part.records]) for name, part in material.tests.items()},
+        "skipped": {name: [item.image for item in part.skipped] for name, part in whole.tests.items()},
+        **({"regions": {name: pack(part.labels) for name, part in material.tests.items()}} if material.masks else {}),
         "splits": {
             name: part.summary(material.findings) for name, part in (("fit", material.fit), ("val", material.val))
         },
         "shares": shares,
+    }  # fmt: skip
+
+
+def _paired(
+    study: Study, task: str, encoder: Encoder, folder: Path | None, material: Material, progress: Progress
+) -> dict[str, Any]:
+    """What a method pairs on the test images; of an encoder without one only what its maps tell."""
+    first = study.rows[0].config
+    assert first is not None
+    match = None
+    if folder is not None:
+        method = load_method(Run.open(folder)).to(next(encoder.parameters()).device).eval()
+        encoder, match = method.encoder, method.match
+    part = material.tests[study.test]
+    records = choose_images(part.records, study.matching)
+    scores, used, skipped = match_images(
+        encoder, match or (lambda _: None), records, first.views, study.matching, study.source, progress
+    )
+    answer = answer_of_pairs(task, scores, material.findings, used)
+    return {
+        "findings": list(answer.findings), "images": {study.test: digest([r.name for r in used])},
+        "skipped": {study.test: [item.image for item in (*part.skipped, *skipped)]},
+        "regions": {study.test: pack(answer.labels)},
+        "splits": {"fit": {"images": 0, "patients": 0}, "val": {"images": 0, "patients": 0}},
+        "shares": {"1": {
+            "labels": {"digest": "", "images": 0, "validation_images": 0}, "fitted": [True] * len(answer.findings),
+            "validation_auroc": None, "tests": {study.test: {name: pack(v) for name, v in answer.values.items()}},
+        }},
     }  # fmt: skip
 
 

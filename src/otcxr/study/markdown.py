@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from otcxr.charts import efficiency_chart
-from otcxr.report import MEASURE_NAMES, TASK_NAMES, describe_training, means_over
+from otcxr.report import MEASURE_NAMES, RANKED, TASK_NAMES, describe_training, means_over
 
 __all__ = ["write_markdown"]
 
@@ -33,8 +33,9 @@ def write_markdown(results: Mapping[str, Any]) -> dict[str, str]:
             if len(results["images"]) > 1:
                 text += [f"### Judged on {test}", ""]
             text += _across_shares(shares, test, reference)
+            text += _measures(next(iter(shares.values()))[test])
         if len(shares) > 1:
-            test = next(iter(results["images"]))
+            test = next(iter(next(iter(shares.values()))))
             measure = _first(shares, test)
             curves = {
                 row: [(float(s), table[test]["rows"][row]["macro"][measure]) for s, table in reversed(shares.items())]
@@ -48,7 +49,7 @@ def write_markdown(results: Mapping[str, Any]) -> dict[str, str]:
             text += [
                 f"### By finding, {_percent(most)} of the labels{where}",
                 "",
-                *_by_finding(part, results["findings"]),
+                *_by_finding(part),
             ]
             for group, inside in part["within"].items() if test == next(iter(table)) else ():
                 text += [f"#### Within {group}", "", *_one_share(inside, reference), ""]
@@ -117,7 +118,20 @@ def _gaps(table: Mapping[str, Any], row: str, measure: str) -> str:
     return f"{_interval(to_reference, '+')} | {p} | {seen} | {_interval(to_random, '+')}"
 
 
-def _by_finding(table: Mapping[str, Any], findings: Sequence[str]) -> list[str]:
+def _measures(table: Mapping[str, Any]) -> list[str]:
+    """All measures beside each other, where there are others than those of a ranking."""
+    found = [name for name in MEASURE_NAMES if any(name in row["macro"] for row in table["rows"].values())]
+    if found[0] in RANKED or len(found) < 2:
+        return []
+    lines = [f"| row | {' | '.join(MEASURE_NAMES[name] for name in found)} |", "|---" * (len(found) + 1) + "|"]
+    for row, one in table["rows"].items():
+        cells = [_interval(one["macro"].get(name)) for name in found]
+        lines.append(f"| `{row}` | {' | '.join(cells)} |")
+    return ["All measures, largest share of labels.", "", *lines, ""]
+
+
+def _by_finding(table: Mapping[str, Any]) -> list[str]:
+    findings = list(next(iter(table["rows"].values()))["findings"])
     measure = next(name for name in MEASURE_NAMES if any(name in row["macro"] for row in table["rows"].values()))
     lines = [f"| row | {' | '.join(findings)} |", "|---" * (len(findings) + 1) + "|"]
     for row, found in table["rows"].items():

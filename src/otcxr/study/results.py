@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otcxr.config import digest, to_plain
+from otcxr.data.records import Collection
 from otcxr.data.sources import open_collection
 from otcxr.errors import DataError
 from otcxr.evaluation.estimates import BootstrapSettings
@@ -25,12 +26,14 @@ from otcxr.evaluation.statistics import (
     tabulate,
 )
 from otcxr.evaluation.subgroups import attribute_of
-from otcxr.evaluation.tables import mean_of_positives
+from otcxr.evaluation.tables import measured_columns
+from otcxr.matching import choose_images
 from otcxr.report import write_study_page
 from otcxr.runs import write_atomic
 from otcxr.study.cells import chosen_point, external_collection, read_cell, unpack
 from otcxr.study.markdown import write_markdown
 from otcxr.study.spec import IMAGENET, RANDOM, Study, Unit
+from otcxr.study.tasks import ENCODER_TASKS, PAIR_TASKS
 
 __all__ = ["collect", "write_results"]
 
@@ -57,16 +60,26 @@ def collect(study: Study, out: Path) -> dict[str, Any]:
     made = {task: _cells(study, out, task, chosen) for task in study.tasks}
     if not any(made.values()):
         raise DataError(f"{out} holds no finished cell of the study {study.name}; run it first")
-    findings = tuple(next(cells.cells[0]["findings"] for found in made.values() for cells in found))
-    first = next(cells.cells[0] for found in made.values() for cells in found)
-    _refuse_different(cells for found in made.values() for cells in found)
-    parts = _parts(study, findings, first)
-    settings = BootstrapSettings(study.evaluate.resamples, study.evaluate.seed, study.evaluate.level)
+    # what is judged on labels of findings is of one set of images, every other task of its own
+    for same in ([t for t in made if _on_labels(t)], *([t] for t in made if not _on_labels(t))):
+        _refuse_different(cells for task in same for cells in made[task])
+    sources = _sources(study)
+    first = next(found[0].cells[0] for task, found in sorted(made.items(), key=lambda x: not _on_labels(x[0])) if found)
     tasks: dict[str, Any] = {}
+    images: dict[str, Any] = {}
+    judged_on: dict[str, Any] = {}  # of tasks that look at fewer images
     for task, found in made.items():
         if found:
+            findings = tuple(found[0].cells[0]["findings"])
+            least = BootstrapSettings.min_negative_patients if _on_labels(task) else 0
+            settings = BootstrapSettings(study.evaluate.resamples, study.evaluate.seed, study.evaluate.level,
+                                         min_negative_patients=least)  # fmt: skip
             shares = tasks[task] = {share: {} for share in first_shares(found)}
-            for test, part in parts.items():
+            for test, part in _parts(study, task, sources, findings, found[0].cells[0]).items():
+                counts = {"images": len(part.records), "patients": len(set(part.patients.tolist()))}
+                images.setdefault(test, counts)
+                if counts != images[test]:
+                    judged_on.setdefault(task, {})[test] = counts
                 for share, table in _tables(study, found, list(shares), test, part, findings, settings).items():
                     shares[share][test] = table
     units = study.units()
@@ -78,11 +91,8 @@ def collect(study: Study, out: Path) -> dict[str, Any]:
             "grid": to_plain(study.grid), "external": [e.name for e in study.external],
             "pretrain": _shared(study),
         },
-        "findings": list(findings),
-        "images": {
-            test: {"images": len(part.records), "patients": len(set(part.patients.tolist()))}
-            for test, part in parts.items()
-        },
+        "images": images,
+        "judged_on": judged_on,
         "splits": first["splits"],
         "rows": {row.name: _trained(study, out, row.name) for row in study.rows},
         "tasks": tasks,
@@ -157,16 +167,32 @@ def _seeds_of(found: Sequence[_Cells], row: str) -> tuple[int, ...]:
     return next((cells.seeds for cells in found if cells.row == row), ())
 
 
-def _parts(study: Study, findings: tuple[str, ...], cell: Mapping[str, Any]) -> dict[str, Part]:
-    """Labels and patients of the judged images, checked against what the cells were made on."""
+def _on_labels(task: str) -> bool:
+    """Whether a task is judged on labels of findings, not on regions or pairs, whose cells say what they saw."""
+    return task in ENCODER_TASKS and ENCODER_TASKS[task].view is None
+
+
+def _sources(study: Study) -> dict[str, tuple[Collection, str]]:
     sources = {study.test: (open_collection(study.source), study.test)}
     for entry in study.external:
         sources[entry.name] = external_collection(open_collection(entry.source), entry.labels), entry.split
+    return sources
+
+
+def _parts(
+    study: Study, task: str, sources: Mapping[str, tuple[Collection, str]], findings: tuple[str, ...],
+    cell: Mapping[str, Any],
+) -> dict[str, Part]:  # fmt: skip
+    """Labels and patients of the images that a task judged, checked against what the cells were made on."""
     parts = {}
-    for test, (collection, split) in sources.items():
+    for test in cell["images"]:
+        collection, split = sources[test]
         records = (collection.split(split) if split else collection).records
         broken = set(cell["skipped"][test])
-        part = part_of(test, [record for record in records if record.name not in broken], findings)
+        records = [record for record in records if record.name not in broken]
+        part = part_of(test, choose_images(records, study.matching) if task in PAIR_TASKS else records, findings)
+        if "regions" in cell:
+            part = part._replace(labels=unpack(cell["regions"][test]))
         if digest([record.name for record in part.records]) != cell["images"][test]:
             raise DataError(
                 f"{collection.name} no longer holds the images that the cells of {study.name} were judged on"
@@ -207,7 +233,7 @@ def _rows(
     """
     drawn = {
         share: {
-            cells.row: draw(part.labels, _columns(cells, share, test, rows), part.patients, findings, settings)
+            cells.row: draw(part.labels, _columns(cells, share, test, part, rows), part.patients, findings, settings)
             for cells in found
         }
         for share in shares
@@ -255,11 +281,15 @@ def _one_share(
             common = tuple(s for s in seeds[name] if s in seeds[base])
             if name == base or not common:
                 continue
-            a, b = _of_seeds(one, seeds[name], common), _of_seeds(drawn[base], seeds[base], common)
-            apart = {measure: a.values[measure] - b.values[measure] for measure in a.values}
+            shared = [measure for measure in one.values if measure in drawn[base].values]
+            if not shared:
+                continue
+            a = _part_of(one, seeds[name], common, shared)
+            b = _part_of(drawn[base], seeds[base], common, shared)
+            apart = {measure: a.values[measure] - b.values[measure] for measure in shared}
             pool = pool_seeds(apart, others((name, base), common), of_differences=True)
             gaps[name] = _short(_differences(as_json(compare_drawn(a, b, pool=pool, over=over))), _DIFFERENCE)
-        for measure in next(iter(drawn.values())).columns:
+        for measure in dict.fromkeys(name for one in drawn.values() for name in one.columns):
             p = holm([gap["macro"].get(measure, {}).get("p_value") for gap in gaps.values()])
             for gap, corrected in zip(gaps.values(), p, strict=True):
                 if measure in gap["macro"]:
@@ -268,7 +298,7 @@ def _one_share(
     return out
 
 
-def _columns(cells: _Cells, share: str, test: str, rows: Any) -> dict[str, Column]:
+def _columns(cells: _Cells, share: str, test: str, part: Part, rows: Any) -> dict[str, Column]:
     shares = [cell["shares"][share] for cell in cells.cells]
     fitted = np.all([one["fitted"] for one in shares], axis=0)
     notes = ["" if ok else "not fitted: too few patients with, or without, it among the labelled" for ok in fitted]
@@ -278,15 +308,17 @@ def _columns(cells: _Cells, share: str, test: str, rows: Any) -> dict[str, Colum
         arrays = {name: array[:, rows] for name, array in arrays.items()}
     if names == ["score"]:
         return {name: column._replace(notes=notes) for name, column in ranking_columns(arrays["score"]).items()}
-    return {name: Column(array, mean_of_positives, notes) for name, array in arrays.items()}
+    return measured_columns(arrays, notes, part)
 
 
-def _of_seeds(drawn: Drawn, seeds: Sequence[int], wanted: Sequence[int]) -> Drawn:
-    """The same for some of its seeds."""
+def _part_of(drawn: Drawn, seeds: Sequence[int], wanted: Sequence[int], measures: Sequence[str]) -> Drawn:
+    """The same for some of its seeds and measures."""
     place = [seeds.index(seed) for seed in wanted]
     return drawn._replace(
-        values={name: value[:, place] for name, value in drawn.values.items()},
-        draws={name: value[:, place] for name, value in drawn.draws.items()},
+        columns={name: drawn.columns[name] for name in measures},
+        notes={name: drawn.notes[name] for name in measures},
+        values={name: drawn.values[name][:, place] for name in measures},
+        draws={name: drawn.draws[name][:, place] for name in measures},
     )
 
 

@@ -18,6 +18,8 @@
       tasks: [linear, finetune]
       settings: {fractions: [0.01, 0.1, 1.0]}        # of EvaluateConfig
       finetune: {steps: 200}
+      segment: {regions: [lungs, Mass], steps: 200}  # of the tasks segment-*
+      matching: {images: 200}                        # of correspondence and focus: pairs drawn as pretrain.views says
     external:                              # other collections to judge on
       - {name: elsewhere, source: "folder:/data/x", split: test, labels: {Effusion: Pleural effusion}}
     imagenet: weights.pth                  # adds a row; encoder.width must be 64
@@ -42,8 +44,11 @@ import yaml
 from otcxr.config import digest, flatten, read_settings, to_plain
 from otcxr.errors import ConfigError, did_you_mean
 from otcxr.evaluation.finetune import FinetuneConfig
-from otcxr.evaluation.tasks import SHARED, TASKS, EvaluateConfig
+from otcxr.evaluation.segment import SegmentConfig
+from otcxr.evaluation.tasks import SHARED, EvaluateConfig
+from otcxr.matching import MatchingConfig
 from otcxr.settings import PretrainConfig, config_from_plain, identity
+from otcxr.study.tasks import ENCODER_TASKS, PAIR_TASKS
 
 __all__ = ["External", "Row", "Study", "Unit", "read_study"]
 
@@ -56,7 +61,7 @@ _UNUSED = {
     "rule": "its cells are scores, and rankings of them are compared",
     "subgroups": "take within for groups",
 }
-_JUDGE = {"source", "fit", "val", "test", "tasks", "settings", "finetune"}
+_JUDGE = {"source", "fit", "val", "test", "tasks", "settings", "finetune", "segment", "matching"}
 
 
 class Row(NamedTuple):
@@ -116,8 +121,9 @@ class Study:
         reference: Row that the others are compared with.
         rows: The random network last.
         source, fit, val, test: What is judged on.
-        tasks: Keys of ``evaluation.TASKS``.
+        tasks: Of ``study.tasks``.
         evaluate: Settings of the evaluation.
+        matching: Of what is measured on pairs of views.
         external: Other collections.
         imagenet: File of torchvision's weights; "" for none.
         grid: Settings that are tuned, and their values.
@@ -131,6 +137,7 @@ class Study:
     source: str
     tasks: tuple[str, ...]
     evaluate: EvaluateConfig
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
     fit: str = "train"
     val: str = "val"
     test: str = "test"
@@ -165,8 +172,12 @@ class Study:
 
     def judge_digest(self, task: str) -> str:
         """Digest of all that decides what a task says of an encoder; settings of other tasks are no part of it."""
+        if task in PAIR_TASKS:  # every row is shown the same pairs, however it was trained
+            first = self.rows[0].config
+            assert first is not None
+            return digest([self.source, self.test, to_plain(self.matching), to_plain(first.views)])
         plain = to_plain(self.evaluate)
-        kept = {name: plain[name] for name in (*SHARED, *TASKS[task].settings)}
+        kept = {name: plain[name] for name in (*SHARED, *ENCODER_TASKS[task].settings)}
         outside = [(e.name, e.source, e.split, to_plain(e.labels)) for e in self.external]
         return digest([self.source, self.fit, self.val, self.test, kept, outside])
 
@@ -194,7 +205,11 @@ def read_study(path: str | Path) -> Study:
     rows = [_row(entry, dict(plain["pretrain"])) for entry in plain["methods"]]
     first = rows[0].config
     assert first is not None
-    evaluate = {**(judge.get("settings") or {}), "finetune": read_settings(FinetuneConfig, judge.get("finetune") or {})}
+    evaluate = {
+        **(judge.get("settings") or {}),
+        "finetune": read_settings(FinetuneConfig, judge.get("finetune") or {}),
+        "segment": read_settings(SegmentConfig, judge.get("segment") or {}),
+    }
     evaluate.setdefault("size", first.views.size)
     if plain.get("imagenet"):
         if first.encoder.width != 64:
@@ -211,8 +226,9 @@ def read_study(path: str | Path) -> Study:
         raise ConfigError(f"reference is '{reference}'{did_you_mean(reference, names)}")
     tasks = tuple(judge.get("tasks") or ("linear",))
     for task in tasks:
-        if task not in TASKS:
-            raise ConfigError(f"unknown task '{task}' in judge.tasks{did_you_mean(task, TASKS)}")
+        known = [*ENCODER_TASKS, *PAIR_TASKS]
+        if task not in known:
+            raise ConfigError(f"unknown task '{task}' in judge.tasks{did_you_mean(task, known)}")
     seeds = tuple(int(seed) for seed in plain.get("seeds") or (0,))
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ConfigError(f"seeds must be different and >= 0, received {list(seeds)}")
@@ -227,7 +243,8 @@ def read_study(path: str | Path) -> Study:
     study = Study(
         name=str(plain.get("name") or path.stem), text=" ".join(str(plain.get("text") or "").split()), seeds=seeds,
         reference=reference, rows=tuple(rows), source=str(judge.get("source") or first.data.source), tasks=tasks,
-        evaluate=read_settings(EvaluateConfig, evaluate), fit=str(judge.get("fit") or "train"),
+        evaluate=read_settings(EvaluateConfig, evaluate),
+        matching=read_settings(MatchingConfig, judge.get("matching") or {}), fit=str(judge.get("fit") or "train"),
         val=str(judge.get("val") or "val"), test=str(judge.get("test") or "test"),
         external=external, imagenet=str(plain.get("imagenet") or ""),
         grid=_grid(plain.get("tuning"), first),
