@@ -75,6 +75,7 @@ def test_overlap_and_distance_by_hand(masks, spacing):
     elif not a:
         assert got == pytest.approx(math.hypot(found.shape[0] * spacing[0], found.shape[1] * spacing[1]))
     else:
+
         def away(p, others):
             return min(math.hypot((p[0] - q[0]) * spacing[0], (p[1] - q[1]) * spacing[1]) for q in others)
 
@@ -452,8 +453,8 @@ def test_from_the_command_line_to_the_page(tmp_path, capsys):
         encoder=EncoderConfig(name="resnet18", width=8), out=str(tmp_path / "run"),
         train=TrainConfig(epochs=1, batch_size=16, accelerator="cpu", probes=0, online_images=0),
     ))  # fmt: skip
-    words = ["evaluate", str(run.path), "--task", "segment-frozen", "--eval.resamples", "50", "--eval.fractions", "[1.0]",
-             "--eval.seeds", "1", "--segment.steps", "4", "--segment.width", "2"]  # fmt: skip
+    words = ["evaluate", str(run.path), "--task", "segment-frozen", "--eval.resamples", "50",
+             "--eval.fractions", "[1.0]", "--eval.seeds", "1", "--segment.steps", "4", "--segment.width", "2"]  # fmt: skip
     assert main([*words, "--segment.regions", "[lungs, Mass]"]) == 0
     assert "lungs" in capsys.readouterr().out
     result = json.loads((run.path / "evaluation" / "segment-frozen.json").read_text())

@@ -24,6 +24,7 @@ from otcxr.evaluation.estimates import BootstrapSettings
 from otcxr.evaluation.metrics import auroc
 from otcxr.evaluation.resampling import draw
 from otcxr.evaluation.statistics import common_findings, compare_drawn, holm, pool_seeds, ranking_columns, tabulate
+from otcxr.faults import Interrupted
 from otcxr.nn.encoder import Architecture, build_encoder
 from otcxr.nn.imported import from_torchvision, read_weights
 from otcxr.nn.resnet import ResNet
@@ -68,6 +69,30 @@ def made(tmp_path_factory):
 
 def cells(folder):
     return {path.name: path.read_bytes() for path in (folder / "out" / "cells").iterdir()}
+
+
+DENSE = {
+    "name": "dense", "seeds": [0, 1], "reference": "otcxr", "methods": ["otcxr", "simclr"],
+    "pretrain": {**PLAIN["pretrain"], "views": {"size": 48}, "encoder": {"width": 8, "stride": 16},
+                 "data": {"source": "phantom:48,seed=7,size=48"}},
+    "judge": {
+        "source": "phantom:160,seed=6,size=48,prevalence=0.5",
+        "tasks": ["linear", "segment-token", "localize-linear", "correspondence", "focus"],
+        "settings": {"fractions": [0.5, 1.0], "resamples": 60}, "segment": {"regions": ["lungs", "Mass"]},
+        "matching": {"images": 20, "pairs": 1},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A study of the tasks that ask where things are."""
+    folder = tmp_path_factory.mktemp("dense")
+    (folder / "dense.yaml").write_text(yaml.safe_dump(DENSE))
+    words = ["study", str(folder / "dense.yaml"), "--out", str(folder / "out"), "--runs", str(folder / "runs"),
+             "--workers", "1"]  # fmt: skip
+    assert main(words) == 0
+    return folder
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -276,6 +301,23 @@ def test_a_fault_of_the_program_takes_no_other_unit_with_it(tmp_path, monkeypatc
     assert (tmp_path / "out" / "cells" / "vicreg-narrow-s0.linear.json").is_file()
 
 
+def test_who_stops_a_training_stops_the_study(tmp_path, monkeypatch):
+    """A signal reaches the training that is at work: nothing half-trained is judged, and no other unit begins."""
+    from otcxr.study import cells as module
+
+    begun = []
+
+    def stopped(config, progress):
+        begun.append(config.method)
+        raise Interrupted("stopped after step 1 of 6; --resume true continues")
+
+    monkeypatch.setattr(module, "pretrain", stopped)
+    with pytest.raises(Interrupted):
+        run_study(write(tmp_path / "s.yaml"), tmp_path / "out", runs=tmp_path / "runs", workers=1)
+    assert len(begun) == 1
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
 def test_cells_of_other_images_are_not_compared(made, tmp_path):
     folder = made[0]
     shutil.copytree(folder / "out", tmp_path / "out")
@@ -391,6 +433,42 @@ def same(shown, estimate):
     """The part of an estimate that a study keeps."""
     assert (shown["value"], shown["low"], shown["high"]) == pytest.approx(estimate[:3], nan_ok=True)
     assert shown["note"] == estimate.note
+
+
+def test_dense_tasks_are_in_the_same_tables(dense):
+    results = json.loads((dense / "out" / "results.json").read_text())
+    assert results["missing"] == []
+    tasks = results["tasks"]
+    assert list(tasks) == DENSE["judge"]["tasks"]
+    segmented = tasks["segment-token"]["1"]["test"]
+    assert list(segmented["rows"]["otcxr"]["findings"]) == ["lungs", "Mass"]
+    # the number of a table is the mean over seeds of what its cells hold, over images that show the region
+    whole = [json.loads((dense / "out" / "cells" / f"otcxr-s{s}.segment-token.json").read_text()) for s in (0, 1)]
+    shown = unpack(whole[0]["regions"]["test"])[:, 1] == 1
+    by_hand = np.mean([unpack(cell["shares"]["1"]["tests"]["test"]["dice"])[shown, 1].mean() for cell in whole])
+    assert segmented["rows"]["otcxr"]["findings"]["Mass"]["dice"]["value"] == pytest.approx(by_hand, abs=1e-6)
+    gap = segmented["to_random"]["simclr"]["macro"]["dice"]
+    rows = segmented["rows"]
+    assert gap["value"] == pytest.approx(
+        rows["simclr"]["macro"]["dice"]["value"] - rows["random"]["macro"]["dice"]["value"]
+    )
+    located = tasks["localize-linear"]["1"]["test"]["rows"]["otcxr"]
+    assert {"pointing", "energy", "lung_energy", "iou@0.25"} <= set(located["macro"])
+    # OTCXR has a plan, the others only their maps; the same pairs for all
+    pairs = tasks["correspondence"]["1"]["test"]
+    assert results["judged_on"]["correspondence"]["test"]["images"] == 20
+    assert {"plan", "nearest_by_cost", "nearest_by_map"} <= set(pairs["rows"]["otcxr"]["macro"])
+    assert "plan" not in pairs["rows"]["simclr"]["macro"]
+    chance = [row["macro"]["chance"]["value"] for row in pairs["rows"].values()]
+    assert chance == pytest.approx([chance[0]] * 3)
+    assert set(pairs["to_reference"]["simclr"]["macro"]) & {"nearest_by_map", "plan"} == {"nearest_by_map"}
+    focus = tasks["focus"]["1"]["test"]["rows"]
+    assert {"learned", "uniform"} <= set(focus["otcxr"]["macro"])
+    assert "learned" not in focus["simclr"]["macro"]
+    page, text = (dense / "out" / "report.html").read_text(), (dense / "out" / "README.md").read_text()
+    for shown_as in ("Segmentation, linear probe of tokens", "Correspondence", "Focus of masses", "nearest by map"):
+        assert shown_as in page
+        assert shown_as in text
 
 
 def test_seeds_are_pooled_over_rows_that_vary_alike():

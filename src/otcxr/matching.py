@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from otcxr.console import Progress, SilentProgress
 from otcxr.data.dataset import read_pixels, refuse_too_many
 from otcxr.data.geometry import ViewBatch, apply_affine, correspondence, token_centres, token_valid
+from otcxr.data.masks import read_mask
 from otcxr.data.records import Record, Skipped
 from otcxr.data.sources import open_again
 from otcxr.data.views import ViewsConfig, collate_views, make_views, view_generator
@@ -318,7 +319,7 @@ def regions_of(record: Record) -> dict[str, NDArray[np.bool_]]:
 
     Raises: DataError: a mask cannot be read.
     """
-    out = {name: read_pixels(image).image[0].numpy() >= 0.5 for name, image in record.masks.items()}
+    out = {name: read_mask(image) for name, image in record.masks.items()}
     boxes = [box for box in record.boxes if box.finding not in out]
     if boxes:
         shape = read_pixels(record.image).image.shape[-2:]

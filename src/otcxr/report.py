@@ -305,6 +305,7 @@ MATCHED_NAMES = {
 _LOCATED = {
     "pointing": "strongest place inside the region (pointing game)",
     "energy": "share of the map's sum inside the region",
+    "lung_energy": "share of the map's sum inside the lungs",
     "iou@0.25": "box around the strongest part: IoU of at least 0.25",
 }
 
@@ -316,7 +317,8 @@ def localize_rows(
 
     ``short`` is for a terminal: references without intervals, and a sign where the paired difference excludes zero.
     """
-    others = ("centre", "average", "random")
+    first = next(iter(result["maps"].values()))["macro"]
+    others = [name for name in first if name != "encoder" and not name.startswith("encoder - ")]
     header: tuple[str, ...] = ("finding", "images", "encoder", *others)
     if not short:
         header += tuple(f"- {name}" for name in others)
@@ -357,7 +359,7 @@ def _localized(run: Run) -> list[dict[str, Any]]:
         text = (
             f"Heat maps of {name} on test images ({result['collection']}, split {test['name']}) that have the finding "
             "and a box or mask of it; none was trained on. Beside it a Gaussian at the centre, the average region and "
-            f"box of the finding ({origin}), and the same classifier on random weights. Threshold of boxes: Otsu's. "
+            f"box of the finding ({origin}), and the same classifier from random weights. Threshold of boxes: Otsu's. "
             f"{100 * settings['level']:.0f} % intervals, {settings['resamples']:,} resamples of patients; differences "
             "are paired. \N{DAGGER} fewer than 20 patients: the interval promises more than it holds."
         )

@@ -5,24 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from otcxr.data.folder import read_folder
+from otcxr.data.montgomery import read_montgomery, read_shenzhen
 from otcxr.data.nih import read_nih
 from otcxr.data.phantom import read_phantom
 from otcxr.data.records import Collection
+from otcxr.data.siim import read_siim
 from otcxr.errors import DataError, did_you_mean
 
 __all__ = ["READERS", "open_again", "open_collection"]
 
 READERS: dict[str, Callable[[str], Collection]] = {
     "folder": read_folder,
+    "montgomery": read_montgomery,
     "nih": read_nih,
     "phantom": read_phantom,
+    "shenzhen": read_shenzhen,
+    "siim": read_siim,
 }
 
 
 def open_collection(source: str) -> Collection:
     """Open the collection that a source string names: ``READER:ARGUMENT``.
 
-    "nih:PATH", "folder:PATH" and "phantom:N[,seed=S][,size=P]".
+    "nih:PATH", "siim:PATH", "montgomery:PATH", "shenzhen:PATH", "folder:PATH" and "phantom:N[,seed=S][,size=P]".
 
     Raises: DataError: unknown reader, or what the reader raises.
     """

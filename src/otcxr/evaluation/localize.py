@@ -11,12 +11,13 @@ where it is:
     iou@T, iobb@T  whether the box around the joined part above that threshold that holds the strongest place has an
                    IoU, or an IoBB, of at least T with a true box
 
-Beside it stand three who have not looked at the image, or have not learned to look:
+Beside it stand those who have not looked at the image, or have not learned to look:
 
     centre         a Gaussian at the middle of the image, with a deviation of a quarter of its side
     average        the mean of the regions of this finding in images that were fitted on (where those have none, in
                    those of the other test patients, which is more than it should know); for boxes their mean box
-    random         the same classifier on a network with random weights
+    random         the same classifier from a network with random weights; fine-tuned, it has learned too
+    randomised     beside a fine-tuned encoder: a linear probe on random weights, whose maps should be worth nothing
 
 Means over images have percentile intervals over resampled patients; differences are of the same resamples.
 """
@@ -60,7 +61,7 @@ from otcxr.runs import describe_environment
 __all__ = ["HEADS", "MEASURES", "OVERLAPS", "REFERENCES", "SIZES", "judge_map", "localize", "localized"]
 
 HEADS = ("linear", "finetune")
-REFERENCES = ("centre", "average", "random")
+REFERENCES = ("centre", "average", "random", "randomised")
 OVERLAPS = (0.1, 0.25, 0.5, 0.75, 0.9)
 MEASURES = (
     "pointing", "energy", "lung_energy", "region_iou", *(f"iou@{t}" for t in OVERLAPS), *(f"iobb@{t}" for t in OVERLAPS)
@@ -136,6 +137,12 @@ def localize(
         assert scored.model is not None
         models[name] = scored.model.to(device).eval()
         fitted &= scored.fitted
+    if head == "finetune":
+        plain = TASKS["linear"].score(
+            Features(twin, material, how, cache, progress, "randomised"), material, draw, how, progress
+        )
+        assert plain.model is not None
+        models["randomised"] = plain.model.to(device).eval()
     lungs = Masks(config.size)
     means, source = _averages(material, truths, config.size, progress)
     maps = {}
@@ -306,7 +313,7 @@ def _tables(
             out[name] = {}
             for m, measure in enumerate(MEASURES):
                 out[name][measure] = mean(table[:, :, m], among)
-        for name in REFERENCES:
+        for name in (name for name in REFERENCES if name in values):
             out[f"encoder - {name}"] = {}
             for m, measure in enumerate(MEASURES):
                 out[f"encoder - {name}"][measure] = mean(own[:, :, m] - values[name][:, :, m], among)

@@ -223,9 +223,7 @@ def choose_threshold(inside: NDArray[np.floating[Any]], outside: NDArray[np.floa
     return float((np.argmax(2 * true / (true + false + inside.sum())) + 1 - _LEVELS // 2) * _STEP)
 
 
-def measure_image(
-    logits: NDArray[np.floating[Any]], threshold: float, truth: NDArray[np.bool_]
-) -> dict[str, float]:
+def measure_image(logits: NDArray[np.floating[Any]], threshold: float, truth: NDArray[np.bool_]) -> dict[str, float]:
     """All ``MEASURES`` of one image and region; those of where are 0 where the region is not.
 
     Args:

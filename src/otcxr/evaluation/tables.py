@@ -123,9 +123,7 @@ def judge(
     return Judged(columns, scores, probabilities, thresholds, threshold_notes, decisions)
 
 
-def measured_columns(
-    values: Mapping[str, NDArray[np.float64]], notes: Sequence[str], part: Part
-) -> dict[str, Column]:
+def measured_columns(values: Mapping[str, NDArray[np.float64]], notes: Sequence[str], part: Part) -> dict[str, Column]:
     """Columns of what each image shows by itself, (K, N, F) by measure: means over the images with the finding.
 
     Three measures look at images without it as well: ``empties`` (AUROC) and ``left_empty`` (mean over these).

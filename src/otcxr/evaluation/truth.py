@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from otcxr.console import Progress
-from otcxr.data.dataset import PixelCache, read_pixels
+from otcxr.data.dataset import PixelCache
 from otcxr.data.images import box_in_square, fit_square
+from otcxr.data.masks import read_mask
 from otcxr.data.records import ImageRef, Record
 from otcxr.evaluation.overlap import Frame, region_boxes
 
@@ -85,7 +87,8 @@ def mask_in_square(record: Record, name: str, size: int) -> NDArray[np.bool_]:
 
     Raises: DataError: the mask cannot be read.
     """
-    pixels = fit_square(read_pixels(record.masks[name]).image, size)[0].numpy()
+    whole = torch.from_numpy(read_mask(record.masks[name])).float()[None]
+    pixels = fit_square(whole, size)[0].numpy()
     mask = pixels >= 0.5
     if not mask.any() and pixels.max() > 0:
         mask = pixels == pixels.max()

@@ -39,6 +39,7 @@ from otcxr.evaluation.labelled import Material, draw_labels
 from otcxr.evaluation.metrics import auroc
 from otcxr.evaluation.protocols import Features, device_of
 from otcxr.evaluation.tasks import prepare, protocol_config, view_for
+from otcxr.faults import Interrupted
 from otcxr.matching import choose_images, load_method, match_images
 from otcxr.nn.encoder import Encoder, build_encoder, encoder_digest, load_encoder
 from otcxr.nn.imported import from_torchvision, read_weights
@@ -66,7 +67,9 @@ def run_study(
         only: Names of rows; empty: all.
         progress: Where to show progress.
     Returns: What failed, one line each; empty when everything is there.
-    Raises: ConfigError: a cell was made with other settings, or a name is unknown.
+    Raises:
+        ConfigError: a cell was made with other settings, or a name is unknown.
+        Interrupted: a training was stopped by Ctrl-C or a signal; the study goes on from there when it is run again.
     """
     study, out = read_study(path), Path(out)
     progress = progress or SilentProgress()
@@ -320,6 +323,8 @@ def _attempt(path: str, out: str, runs: str, unit: Unit) -> list[str]:
             _MATERIAL.clear()
             _MATERIAL[key] = Views(study)
         run_unit(study, unit, Path(out), Path(runs), SilentProgress(), _MATERIAL[key])
+    except Interrupted:  # whoever stops a training means the study
+        raise
     except OtcxrError as error:
         return [f"{unit.name}: {error}"]
     except Exception as error:  # a fault of the program or the machine; it must not take the other units with it

@@ -1,0 +1,85 @@
+"""Does a fine-tuned encoder find planted nodules without ever seeing a box? Large, contrasty nodules on phantoms.
+
+    python benchmarks/localise_nodules.py             docs/results/nodules.json, table in docs/evaluation.md
+    python benchmarks/localise_nodules.py --quick     a small one, into --out
+
+An encoder is pre-trained with OTCXR, fine-tuned on labels of images, and its heat maps are judged against the masks of
+nodules, beside a centre prior, the average nodule, the same fine-tuning from random weights, and random weights with a
+linear probe: what otcxr localize --head finetune does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from pages import embed, machine
+
+from otcxr.console import RichProgress
+from otcxr.data.dataset import DataConfig
+from otcxr.data.views import ViewsConfig
+from otcxr.evaluation.finetune import FinetuneConfig
+from otcxr.evaluation.results import localize_run
+from otcxr.evaluation.tasks import EvaluateConfig
+from otcxr.runs import describe_environment, write_atomic
+from otcxr.train import EncoderConfig, PretrainConfig, TrainConfig, pretrain
+
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / "docs" / "results" / "nodules.json"
+PLANTED = "prevalence=0.05,nodule_prevalence=0.5,contrast=1.5,lesion_size=2"
+SHOWN = {"pointing": "strongest place inside", "energy": "heat inside", "lung_energy": "heat in the lungs"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--run", type=Path, default=Path("runs/nodules"))
+    words = parser.parse_args()
+    count, size, epochs, steps = (150, 64, 1, 4) if words.quick else (4000, 96, 8, 1500)
+    progress, begun = RichProgress(), time.perf_counter()
+    source = f"phantom:{count},seed=61,size={size},{PLANTED}"
+    run = pretrain(PretrainConfig(
+        data=DataConfig(source), views=ViewsConfig(size=size),
+        encoder=EncoderConfig(name="resnet18", width=16, stride=16), out=str(words.run), resume=words.run.exists(),
+        train=TrainConfig(epochs=epochs, batch_size=64, learning_rate=0.002, accelerator="cpu", online_images=0),
+    ), progress)  # fmt: skip
+    found = localize_run(
+        run, config=EvaluateConfig(accelerator="cpu", finetune=FinetuneConfig(steps=steps)), progress=progress,
+        head="finetune", kinds=["grad-cam", "layer-cam"],
+    )  # fmt: skip
+    tables = {kind: maps["findings"]["Nodule"] for kind, maps in found["maps"].items() if "Nodule" in maps["findings"]}
+    environment = describe_environment()
+    result: dict[str, Any] = {
+        "command": "python benchmarks/localise_nodules.py", "source": source, "settings": found["settings"],
+        "encoder_digest": found["encoder_digest"], "average_from": found["average_from"].get("Nodule"),
+        "nodules": tables, "minutes": round((time.perf_counter() - begun) / 60, 1), "machine": machine(),
+        "environment": environment,
+    }  # fmt: skip
+    write_atomic(words.out, json.dumps(result, indent=1) + "\n")
+    if words.out != OUT:
+        return
+    rows = {"encoder": "fine-tuned encoder", "centre": "centre prior", "average": "average nodule",
+            "random": "fine-tuned from random weights", "randomised": "random weights, linear probe"}  # fmt: skip
+    lines = [f"| | {' | '.join(f'{kind}: {name}' for kind in tables for name in SHOWN.values())} |"]
+    lines.append("|---" * (1 + len(tables) * len(SHOWN)) + "|")
+    for who, name in rows.items():
+        cells = [_interval(table[who][measure]) for table in tables.values() for measure in SHOWN]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    images = next(iter(tables.values()))["images"]
+    lines += ["", f"{images:,} test images with nodules of `{source}`, ResNet-18 of width 16 at {size} px, {epochs} "
+              f"epochs of OTCXR, {steps:,} steps of fine-tuning on labels of images, 95 % intervals over patients; "
+              f"{result['machine']}, torch {environment['versions']['torch']}, {environment['date']}."]  # fmt: skip
+    embed(ROOT / "docs" / "evaluation.md", "nodules", lines)
+    print("\n".join(lines))
+
+
+def _interval(estimate: dict[str, Any]) -> str:
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
+if __name__ == "__main__":
+    main()
