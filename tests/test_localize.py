@@ -162,11 +162,15 @@ def truth_of(mask, boxes=()):
 def test_a_map_that_is_the_region_gets_everything():
     mask = np.zeros((16, 16), dtype=bool)
     mask[2:8, 3:10] = True
-    assert judge_map(mask.astype(float), truth_of(mask)).tolist() == [1.0] * len(MEASURES)
+    assert judge_map(mask.astype(float), truth_of(mask), None, mask).tolist() == [1.0] * len(MEASURES)
+    assert np.isnan(judge_map(mask.astype(float), truth_of(mask))[MEASURES.index("lung_energy")])  # no lungs are known
     assert truth_of(mask).share == pytest.approx(42 / 256)
     away = np.zeros((16, 16))
     away[12:, 12:] = 1.0
-    assert judge_map(away, truth_of(mask)).tolist() == [0.0] * len(MEASURES)
+    assert judge_map(away, truth_of(mask), None, mask).tolist() == [0.0] * len(MEASURES)
+    lungs = np.zeros((16, 16), dtype=bool)
+    lungs[12:, 14:] = True
+    assert judge_map(away, truth_of(mask), None, lungs)[MEASURES.index("lung_energy")] == 0.5
     # half of the region, from the left: IoU 1/2, all of what is found lies in it
     half = np.zeros((16, 16))
     half[2:5, 3:10] = 1.0
@@ -284,6 +288,7 @@ def test_few_patients_are_named():
 
 # --- the task --------------------------------------------------------------------------------------------------------
 
+LINEAR = [name for name in REFERENCES if name != "randomised"]  # that stands beside fine-tuning alone
 QUICK = EvaluateConfig(size=64, resamples=100, strengths=(0.1,), folds=2, accelerator="cpu")
 
 
@@ -302,7 +307,7 @@ def test_the_task_has_everyone(judged, phantoms):
     test = [r for r in phantoms.records if r.split == "test"]
     for finding, entry in found["findings"].items():
         assert entry["images"] == sum(finding in r.masks for r in test)
-        for who in ("encoder", *REFERENCES):
+        for who in ("encoder", *LINEAR):
             assert set(entry[who]) == set(MEASURES)
             for measure in MEASURES:
                 gap = entry[f"encoder - {who}"][measure] if who != "encoder" else None
@@ -407,6 +412,9 @@ def test_from_the_command_line_to_the_page(tmp_path, capsys):
     assert "layer-cam: strongest place inside the region" in capsys.readouterr().out
     result = json.loads((run.path / "evaluation" / "localize-finetune.json").read_text())
     assert result["pretraining"]["split"] == "train"
+    macro = result["maps"]["layer-cam"]["macro"]
+    assert {"random", "randomised", "encoder - randomised"} <= set(macro)
+    assert macro["random"] != macro["randomised"]
     assert [row[0] for row in localize_rows(result)[0][2]][:2] == list(result["maps"]["layer-cam"]["findings"])[:2]
     page = write_report([run], tmp_path / "report.html").read_text()
     assert "Where the evidence lies" in page

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from otcxr.attribution import to_pixels
 from otcxr.cli import main
 from otcxr.console import SilentProgress
 from otcxr.data.phantom import read_phantom
@@ -325,10 +326,37 @@ def run_head(phantoms, head, seed=0, **changes):
     return encoder, material, segment(encoder, material, draw, config, head, QUIET)
 
 
-@pytest.mark.parametrize("head", HEADS)
+def test_the_token_probe_reads_what_the_maps_say():
+    """Where the picture is the mask itself the coarse maps say where it is, up to their resolution."""
+    phantoms, size = read_phantom("90,seed=5,size=96"), 96
+    scores, limit = [], 0.0
+    for told in (False, True):
+        records = [
+            r._replace(image=r.masks["lungs"] if told else r.image, masks={"lungs": r.masks["lungs"]})
+            for r in phantoms.records
+        ]
+        whole = prepare(phantoms._replace(records=records), ("train", "test"), replace(CONFIG, size=size), "val", QUIET)
+        material = segmented(whole, size, (), QUIET)
+        found = segment(build_encoder("resnet18", width=8, stride=16, seed=2), material, draw_labels(material, 1.0, 0),
+                        SegmentConfig(), "token", QUIET)  # fmt: skip
+        test = material.tests["test"]
+        scores.append(found.tests["test"]["dice"][:, 0].mean())
+        # the best that can be drawn with a bilinear map of 6 x 6 positions that know their cells exactly
+        masks = torch.stack([torch.from_numpy(material.masks(r, "lungs")).float() for r in test.records])[:, None]
+        first = found.model.encoder.first_centre
+        smooth = to_pixels(_covered(masks, 6, 6, first), size, size, first)[:, 0].numpy()
+        limit = max(
+            np.mean([dice(s >= t, m[0].numpy() > 0) for s, m in zip(smooth, masks, strict=True)])
+            for t in np.arange(0.1, 0.9, 0.05)
+        )
+    assert scores[0] < scores[1] <= limit + 0.02
+    assert scores[1] > 0.85 * limit
+
+
+@pytest.mark.parametrize("head", ["frozen", "finetune"])
 def test_planted_organs_are_found(phantoms, head):
     """Lungs and heart lie where anatomy puts them: better than the best that ignores the image, the mean mask."""
-    encoder, material, found = run_head(phantoms, head)
+    encoder, material, found = run_head(phantoms, head, steps=200, learning_rate=1e-2)
     before = {k: v.clone() for k, v in build_encoder("resnet18", width=8, stride=16, seed=2).state_dict().items()}
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, before[name])  # what is judged is not changed
@@ -342,7 +370,7 @@ def test_planted_organs_are_found(phantoms, head):
         prior = max(
             np.mean([dice(mean >= t, material.masks(record, name)) for record in test.records]) for t in (0.3, 0.5, 0.7)
         )
-        assert score[r] > (prior if head != "token" else 0.5)
+        assert score[r] > prior
     assert found.fitted.all()
     assert set(found.facts["thresholds"]) == {"heart", "lungs"}
 
@@ -396,11 +424,11 @@ def test_the_token_probe_is_the_penalised_regression(phantoms):
 def test_the_empties_are_told_by_the_largest_logit(phantoms):
     material = material_of(phantoms, ("Mass",))
     encoder = build_encoder("resnet18", width=8, stride=16, seed=2)
-    found = segment(encoder, material, draw_labels(material, 1.0, 0), SegmentConfig(steps=4, width=2), "frozen", QUIET)
+    found = segment(encoder, material, draw_labels(material, 1.0, 0), SegmentConfig(steps=10, width=4), "frozen", QUIET)
     labels = material.tests["test"].labels[:, 0]
     assert {0.0, 1.0} == set(labels[~np.isnan(labels)].tolist())
     largest = found.tests["test"]["empties"][:, 0]
-    slow = np.mean([a > b for a in largest[labels == 1] for b in largest[labels == 0]])
+    slow = np.mean([(a > b) + 0.5 * (a == b) for a in largest[labels == 1] for b in largest[labels == 0]])
     assert auroc(labels, largest) == pytest.approx(slow, abs=1e-9)
     dices = found.tests["test"]["dice"][:, 0]
     assert (dices[labels == 0] == 0).all()
@@ -454,7 +482,8 @@ def test_from_the_command_line_to_the_page(tmp_path, capsys):
         train=TrainConfig(epochs=1, batch_size=16, accelerator="cpu", probes=0, online_images=0),
     ))  # fmt: skip
     words = ["evaluate", str(run.path), "--task", "segment-frozen", "--eval.resamples", "50",
-             "--eval.fractions", "[1.0]", "--eval.seeds", "1", "--segment.steps", "4", "--segment.width", "2"]  # fmt: skip
+             "--eval.fractions", "[1.0]", "--eval.seeds", "1", "--segment.steps", "4",
+             "--segment.width", "2"]  # fmt: skip
     assert main([*words, "--segment.regions", "[lungs, Mass]"]) == 0
     assert "lungs" in capsys.readouterr().out
     result = json.loads((run.path / "evaluation" / "segment-frozen.json").read_text())
@@ -464,5 +493,5 @@ def test_from_the_command_line_to_the_page(tmp_path, capsys):
     page = write_report([run], tmp_path / "report.html").read_text()
     assert "Segmentation, frozen" in page
     assert "Hausdorff 95 / side" in page
-    assert main([*words, "--segment.regions", "[lung]"]) == 2
+    assert main([*words, "--segment.regions", "[lung]"]) == 1
     assert "did you mean 'lungs'" in capsys.readouterr().err

@@ -300,6 +300,7 @@ def match(words: Sequence[str]) -> int:
 def explain(words: Sequence[str]) -> int:
     """otcxr explain RUN."""
     from otcxr.explain import explain_run
+    from otcxr.report import write_explorer_page
     from otcxr.runs import Run
 
     parser = make_parser("explain", "Draw a run's transport plans, and heat maps of its linear probe, to RUN/explain/.")
@@ -311,7 +312,8 @@ def explain(words: Sequence[str]) -> int:
     entries = explain_run(run, plain["data"]["source"], progress)
     if not any(entry["kind"] == "heat" for entry in entries):
         progress.say(f"no heat maps: run 'otcxr evaluate {run.path}' first")
-    progress.say(f"{len(entries)} pictures in {run.path / 'explain'}")
+    page = write_explorer_page(run, run.path / "explain" / "explorer.html")
+    progress.say(f"{len(entries)} pictures in {run.path / 'explain'}" + (f"; {page}" if page else ""))
     return 0
 
 

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from otcxr.attribution import ProbedEncoder, heat_map
 from otcxr.console import Progress, SilentProgress
 from otcxr.data.dataset import read_pixels
-from otcxr.data.geometry import correspondence
 from otcxr.data.images import box_in_square, fit_square
 from otcxr.data.records import Record
 from otcxr.data.sources import open_again
@@ -95,12 +94,8 @@ def draw_pair(arrays: Mapping[str, NDArray[Any]]) -> tuple[Figure, str]:
 
     view_s, view_t = arrays["view_s"].astype(np.float32), arrays["view_t"].astype(np.float32)
     grid_s, grid_t = arrays["valid_s"].shape, arrays["valid_t"].shape
-    true = correspondence(
-        torch.from_numpy(arrays["geometry"][:1]), torch.from_numpy(arrays["geometry"][1:]),
-        torch.from_numpy(arrays["valid_s"]).view(1, -1), torch.from_numpy(arrays["valid_t"]).view(1, -1),
-        (grid_s[0], grid_s[1]), (grid_t[0], grid_t[1]), float(arrays["first_centre"]),
-    )  # fmt: skip
-    cell, known = true.cell[0].numpy(), true.known[0].numpy()
+    cell = arrays["true"]
+    known = cell >= 0
     goal = arrays["plan"].argmax(1)
     width = grid_t[1]
     near = (np.abs(goal % width - cell % width) <= 1) & (np.abs(goal // width - cell // width) <= 1)

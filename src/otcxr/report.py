@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
@@ -13,17 +14,20 @@ from typing import Any
 from otcxr.charts import efficiency_chart, line_chart, reliability_chart
 from otcxr.config import flatten
 from otcxr.errors import DataError
+from otcxr.explorer import explorer_data
 from otcxr.runs import Run, write_atomic
 from otcxr.version import __version__
 
 __all__ = [
     "MEASURE_NAMES",
     "RANKED",
+    "STUDY_TASK_NAMES",
     "TASK_NAMES",
     "describe_training",
     "localize_rows",
     "matching_rows",
     "show_evaluation",
+    "write_explorer_page",
     "write_predictions_page",
     "write_report",
     "write_study_page",
@@ -77,6 +81,9 @@ TASK_NAMES = {
     "segment-token": ("Segmentation, linear probe of tokens", "A linear layer on every position of the last map."),
     "segment-frozen": ("Segmentation, frozen", "A U-Net decoder on the maps of the frozen encoder."),
     "segment-finetune": ("Segmentation, fine-tuned", "A U-Net decoder, trained together with the encoder."),
+    "predictions": ("How good they are", ""),
+}
+STUDY_TASK_NAMES = TASK_NAMES | {
     "localize-linear": (
         "Localisation, linear probe",
         "Grad-CAM of a linear probe, against boxes and masks that were not trained on.",
@@ -91,7 +98,6 @@ TASK_NAMES = {
         "images; the same pairs for every row.",
     ),
     "focus": ("Focus of masses", "Share of a view's mass inside regions, mean over images that show them."),
-    "predictions": ("How good they are", ""),
 }
 MEASURE_NAMES = {
     "auroc": "AUROC", "average_precision": "average precision",
@@ -152,7 +158,7 @@ def write_study_page(results: Mapping[str, Any], out: Path) -> Path:
     study = results["study"]
     tasks = []
     for task, shares in results["tasks"].items():
-        title, how = TASK_NAMES.get(task, (task, ""))
+        title, how = STUDY_TASK_NAMES.get(task, (task, ""))
         for test in next(iter(shares.values())):
             tables = {share: table[test] for share, table in shares.items()}
             most = next(iter(tables.values()))
@@ -160,7 +166,8 @@ def write_study_page(results: Mapping[str, Any], out: Path) -> Path:
             name = ranked[0]
             curves = {
                 row: [(float(share), table["rows"][row]["macro"][name]) for share, table in reversed(tables.items())]
-                for row in most["rows"]
+                for row, found in most["rows"].items()
+                if name in found["macro"]
             }
             tasks.append({
                 "title": title, "how": how, "test": test if len(results["images"]) > 1 else "", "measure": name,
@@ -247,6 +254,7 @@ def _render(template: str, **facts: Any) -> str:
     )  # fmt: skip
     environment.filters |= {
         "interval": _interval,
+        "json": _json,
         "bounds": _bounds,
         "p_value": lambda p: "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
         "measure": lambda name: MEASURE_NAMES.get(name, name),
@@ -287,6 +295,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "evaluations": [show_evaluation(e) for e in evaluations],
         "localized": _localized(run),
         "matching": _matching(run),
+        "explorer": explorer_data(run),
         "pictures": pictures,
         "stale": encoder is not None and any(e.get("encoder_digest") != encoder.get("digest") for e in evaluations),
     }
@@ -457,7 +466,10 @@ def show_evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
         "rule": result["settings"].get("rule", ""), "power_text": _power_text(result),
         "reliable": {f: reliability_chart(r["bins"]) for f, r in result.get("reliability", {}).items() if r["bins"]},
         "within": {
-            name: {**part, "ranked": ranked, "random": part.get("random", part.get("against"))}
+            name: {
+                **part, "ranked": [measure for measure in ranked if measure in part["macro"]],
+                "random": part.get("random", part.get("against")),
+            }
             for name, part in result.get("within", {}).items()
         },
         "calibration_text": "Slope and intercept of a logistic regression of the labels on the logit of the "
@@ -562,6 +574,22 @@ def _skipped(run: Run) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def write_explorer_page(run: Run, out: Path) -> Path | None:
+    """Write the transport explorer of a run as a page of its own; None for a method that pairs nothing."""
+    part = explorer_data(run)
+    if part is None:
+        return None
+    write_atomic(out, _render("explorer.html", part=part, name=run.name))
+    return out
+
+
+def _json(value: Any) -> Any:
+    """JSON inside a page: no text of it can end the element that holds it."""
+    from markupsafe import Markup
+
+    return Markup(json.dumps(value, allow_nan=False).replace("<", "\\u003c"))
 
 
 def _embed(data: bytes, kind: str) -> str:

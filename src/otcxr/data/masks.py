@@ -113,8 +113,10 @@ def decode_runs(text: str, side: int, where: str) -> NDArray[np.bool_]:
         raise DataError(f"the run lengths of {where} are no whole numbers: {error}") from error
     total = side * side
     if numbers.size % 2 or not numbers.size or numbers.min() < 0 or numbers.max() > total:
-        raise DataError(f"the run lengths of {where} must be pairs (skip, length) of numbers in [0, {total}], "
-                        f"received {numbers.size} numbers from {numbers.min(initial=0)} to {numbers.max(initial=0)}")  # fmt: skip
+        raise DataError(
+            f"the run lengths of {where} must be pairs (skip, length) of numbers in [0, {total}], received "
+            f"{numbers.size} numbers from {numbers.min(initial=0)} to {numbers.max(initial=0)}"
+        )
     ends = np.cumsum(numbers)
     if ends[-1] > total:
         raise DataError(f"the run lengths of {where} reach pixel {ends[-1]} of {total}; the table belongs to images of "

@@ -48,7 +48,7 @@ from otcxr.errors import ConfigError, DataError
 from otcxr.evaluation.labelled import LabelDraw, Material, Part
 from otcxr.evaluation.overlap import dice, hausdorff_95, iou
 from otcxr.evaluation.truth import Masks
-from otcxr.nn.encoder import Encoder
+from otcxr.nn.encoder import Encoder, initial_weights
 from otcxr.nn.unet import UNet
 from otcxr.optim import cosine_schedule, make_optimizer, set_learning_rate
 
@@ -175,8 +175,7 @@ def segment(
         raise DataError(f"segmentation needs at least two images to fit on, received {len(fit.records)}; take a larger "
                         "share of the labels")  # fmt: skip
     device = next(encoder.parameters()).device
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(draw.seed)
+    with initial_weights(draw.seed):
         model = Segmenter(encoder, len(material.findings), head, config.width).to(device)
     source = _Source(material, material.masks, device)
     train = _fit_tokens if head == "token" else _fit_decoder

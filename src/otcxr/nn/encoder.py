@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,7 @@ __all__ = [
     "build_encoder",
     "describe",
     "encoder_digest",
+    "initial_weights",
     "load_encoder",
     "load_state",
     "pool",
@@ -81,6 +83,14 @@ ENCODERS: dict[str, Callable[[Architecture], Encoder]] = {
 }
 
 
+@contextmanager
+def initial_weights(seed: int) -> Iterator[None]:
+    """Inside, modules that are built get the weights of ``seed``; the global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
+        yield
+
+
 def build_encoder(
     name: str,
     *,
@@ -114,8 +124,7 @@ def build_encoder(
     architecture = Architecture(name, in_channels, width, stride, padding)
     if seed is None:
         return ENCODERS[name](architecture)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
+    with initial_weights(seed):
         return ENCODERS[name](architecture)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from otcxr.charts import efficiency_chart
-from otcxr.report import MEASURE_NAMES, RANKED, TASK_NAMES, describe_training, means_over
+from otcxr.report import MEASURE_NAMES, RANKED, STUDY_TASK_NAMES, describe_training, means_over
 
 __all__ = ["write_markdown"]
 
@@ -27,8 +27,8 @@ def write_markdown(results: Mapping[str, Any]) -> dict[str, str]:
     if results["missing"]:
         text += [f"**Not finished**: {', '.join(results['missing'])}.", ""]
     for task, shares in results["tasks"].items():
-        title = TASK_NAMES.get(task, (task, ""))[0]
-        text += [f"## {title}", "", TASK_NAMES.get(task, ("", ""))[1], ""]
+        title = STUDY_TASK_NAMES.get(task, (task, ""))[0]
+        text += [f"## {title}", "", STUDY_TASK_NAMES.get(task, ("", ""))[1], ""]
         for test in next(iter(shares.values())):
             if len(results["images"]) > 1:
                 text += [f"### Judged on {test}", ""]
@@ -39,7 +39,8 @@ def write_markdown(results: Mapping[str, Any]) -> dict[str, str]:
             measure = _first(shares, test)
             curves = {
                 row: [(float(s), table[test]["rows"][row]["macro"][measure]) for s, table in reversed(shares.items())]
-                for row in next(iter(shares.values()))[test]["rows"]
+                for row, found in next(iter(shares.values()))[test]["rows"].items()
+                if measure in found["macro"]
             }
             files[f"efficiency-{task}.svg"] = efficiency_chart(curves, f"macro {MEASURE_NAMES[measure]}", {"random"})
             text += [f"![Label efficiency](efficiency-{task}.svg)", ""]

@@ -91,6 +91,7 @@ def collect(study: Study, out: Path) -> dict[str, Any]:
             "grid": to_plain(study.grid), "external": [e.name for e in study.external],
             "pretrain": _shared(study),
         },
+        "findings": next((list(made[t][0].cells[0]["findings"]) for t in made if made[t] and _on_labels(t)), []),
         "images": images,
         "judged_on": judged_on,
         "splits": first["splits"],
