@@ -19,7 +19,8 @@ HEAVY = ("torch", "lightning_fabric", "captum", "pydicom", "matplotlib", "cv2", 
 
 # Module -> what of otcxr it may import; "data" stands for the whole package. A new module is added here deliberately:
 # the table is section 3 of the architecture, and everything else is an argument to have first.
-STUDY = "study train settings matching faults evaluation nn data runs charts report config console errors"
+STUDY = "study train settings matching faults evaluation attribution overlay nn data runs charts report config "
+STUDY += "console errors"
 EVALUATION = "evaluation nn data optim runs attribution config console errors"
 METHODS = "methods losses nn ot distributed data.geometry errors"
 MAY_IMPORT = {
@@ -99,7 +100,8 @@ MAY_IMPORT = {
     "settings": "methods data optim config errors",
     "faults": "errors",
     "launch": "distributed settings errors",
-    "loop": "methods nn data distributed faults health launch online optim probes runs settings console errors",
+    "loggers": "config console errors",
+    "loop": "methods nn data distributed faults health launch loggers online optim probes runs settings console errors",
     "online": "evaluation nn data errors",
     "train": "loop nn ot data distributed faults launch online probes runs settings config console errors",
     # judging a method, not an encoder: what it pairs
@@ -132,7 +134,10 @@ MAY_IMPORT = {
     "evaluation.tasks": EVALUATION,
     "evaluation.truth": EVALUATION,
     "explorer": "runs",
-    "explain": "nn ot data runs attribution config console errors",
+    "overlay": "",
+    "dicom_out": "runs errors version",
+    "heatmaps": "nn data runs attribution evaluation.overlap overlay dicom_out console errors",
+    "explain": "heatmaps data runs config console errors",
     "preview": "data runs console errors",
     "cards": "runs errors version",
     "charts": "",
@@ -145,13 +150,26 @@ MAY_IMPORT = {
     "study.spec": STUDY,
     "study.cells": STUDY,
     "study.markdown": STUDY,
+    "study.gallery": STUDY,
     "study.results": STUDY,
     "study.tasks": STUDY,
-    "commands": "study train reproduce matching distributed methods evaluation attribution explain preview report "
-    "cards demo data runs config console errors",
+    "commands": "study train reproduce matching distributed methods evaluation attribution explain heatmaps preview "
+    "report cards demo data runs config console errors",
     "demo": "train evaluation explain report data runs config console errors",
 }
-NEVER_A_METHOD = ("evaluation", "explain", "attribution", "preview", "report", "nn", "ot", "data", "runs")
+NEVER_A_METHOD = (
+    "evaluation",
+    "explain",
+    "heatmaps",
+    "explorer",
+    "attribution",
+    "preview",
+    "report",
+    "nn",
+    "ot",
+    "data",
+    "runs",
+)
 
 
 def name_of(path):

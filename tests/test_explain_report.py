@@ -11,7 +11,8 @@ from otcxr.attribution import ProbedEncoder, heat_map
 from otcxr.data.images import box_in_square, fit_square
 from otcxr.data.records import Box
 from otcxr.errors import DataError
-from otcxr.explain import draw_heat_maps, draw_pair, explain_probe
+from otcxr.explain import draw_pair
+from otcxr.heatmaps import draw_heat_maps, explain_probe
 from otcxr.nn.encoder import build_encoder, pool
 from otcxr.report import write_report
 from otcxr.runs import Run
@@ -114,7 +115,8 @@ def test_a_box_is_drawn_where_the_pixels_are():
 
     image = np.zeros((50, 50), np.float32)
     image[10:20, 30:45] = 1
-    figure = draw_heat_maps([image], np.zeros((1, 50, 50), np.float32), [[(0.6, 0.2, 0.3, 0.2)]], ["x"], "Mass")
+    maps = {"encoder": np.zeros((1, 50, 50), np.float32)}
+    figure = draw_heat_maps([image], maps, [[(0.6, 0.2, 0.3, 0.2)]], ["x"], "Mass")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "judge a run's encoder, or any tool's predictions, with intervals"),
     "localize": ("localize", "judge where a classifier on a run's encoder finds evidence, against boxes and masks"),
     "match": ("match", "measure what a run's method pairs on held-out images: correspondence and focus of masses"),
+    "gallery": ("gallery", "where all methods of a study miss, only the reference is right, only a rival is right"),
     "study": ("study", "methods x seeds x labels x tasks under one budget, compared pair by pair"),
     "explain": ("explain", "draw transport plans and heat maps of a run"),
     "cards": ("cards", "write CLAIM, TRIPOD+AI and a model card of a run, filled as far as its files go"),

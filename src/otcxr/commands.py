@@ -24,6 +24,7 @@ __all__ = [
     "demo",
     "evaluate",
     "explain",
+    "gallery",
     "localize",
     "match",
     "pretrain",
@@ -240,6 +241,30 @@ def study(words: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
+def gallery(words: Sequence[str]) -> int:
+    """otcxr gallery FILE."""
+    from otcxr.study import read_study
+    from otcxr.study.gallery import make_gallery
+    from otcxr.study.results import write_results
+
+    parser = make_parser("gallery", "Draw the heat maps of every method of a study on test images where all miss, only "
+                         "the reference is right, only a rival is right; they become a part of its page.")  # fmt: skip
+    parser.add_argument("file", type=str, help="the study, with localize-linear among its tasks")
+    parser.add_argument("--out", type=str, default="", help="folder of cells and tables (default: studies/NAME)")
+    parser.add_argument("--runs", type=str, default="", help="folder of the trainings (default: runs/study-NAME)")
+    parser.add_argument("--each", type=int, default=2, help="images of every group and finding")
+    plain = _parsed(parser, words)
+    _to_log()
+    progress = RichProgress()
+    given = read_study(plain["file"])
+    out = Path(plain["out"] or f"studies/{given.name}")
+    runs = Path(plain["runs"] or f"runs/study-{given.name}")
+    found = make_gallery(given, out, runs, progress, each=plain["each"])
+    page = write_results(given, out)
+    progress.say(f"{len(found['entries'])} images of {len(found['methods'])} methods in {page}")
+    return 0
+
+
 def localize(words: Sequence[str]) -> int:
     """otcxr localize RUN."""
     from otcxr.attribution import HEAT_MAPS
@@ -298,17 +323,34 @@ def match(words: Sequence[str]) -> int:
 
 
 def explain(words: Sequence[str]) -> int:
-    """otcxr explain RUN."""
+    """otcxr explain RUN..."""
     from otcxr.explain import explain_run
+    from otcxr.heatmaps import compare_runs
     from otcxr.report import write_explorer_page
     from otcxr.runs import Run
 
-    parser = make_parser("explain", "Draw a run's transport plans, and heat maps of its linear probe, to RUN/explain/.")
-    parser.add_argument("run", type=str, help="folder of the run")
+    parser = make_parser("explain", "Draw a run's transport plans, and heat maps of its linear probe, to RUN/explain/; "
+                         "of several runs their heat maps side by side, to --out.")  # fmt: skip
+    parser.add_argument("runs", type=str, nargs="+", help="folders of runs")
     parser.add_argument("--data.source", type=str, default="", help="where the judged images are now, if they moved")
+    parser.add_argument("--out", type=str, default="", help="of several runs: folder of the pictures")
+    parser.add_argument("--each", type=int, default=4, help="of several runs: images of each finding")
+    parser.add_argument("--dicom", type=bool, default=False, help="of several runs, or one with --out: images from "
+                        "DICOM files also as Secondary Capture and Segmentation")  # fmt: skip
     plain = _parsed(parser, words)
     progress = RichProgress()
-    run = Run.open(plain["run"])
+    if len(plain["runs"]) > 1 or plain["out"]:
+        if not plain["out"]:
+            raise ConfigError("where should the pictures of several runs go? name a folder with --out")
+        entries = compare_runs(
+            [Run.open(path) for path in plain["runs"]], Path(plain["out"]), plain["data"]["source"],
+            each=plain["each"], dicom=plain["dicom"], progress=progress,
+        )  # fmt: skip
+        progress.say(f"{len(entries)} pictures in {plain['out']}")
+        return 0
+    if plain["dicom"]:
+        raise ConfigError("--dicom needs --out: the files carry the names of patients, so say where they may go")
+    run = Run.open(plain["runs"][0])
     entries = explain_run(run, plain["data"]["source"], progress)
     if not any(entry["kind"] == "heat" for entry in entries):
         progress.say(f"no heat maps: run 'otcxr evaluate {run.path}' first")

@@ -6,31 +6,27 @@ uniform, safe for colour-blind readers); right and wrong are told apart by line 
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from otcxr.attribution import ProbedEncoder, heat_map
 from otcxr.console import Progress, SilentProgress
-from otcxr.data.dataset import read_pixels
-from otcxr.data.images import box_in_square, fit_square
-from otcxr.data.records import Record
-from otcxr.data.sources import open_again
-from otcxr.errors import DataError
-from otcxr.nn.encoder import Encoder, encoder_digest, load_encoder
-from otcxr.runs import Run, write_atomic
+from otcxr.heatmaps import encoder_of, explain_probe, judged_records, save_figure, show_radiograph
+from otcxr.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_heat_maps", "draw_pair", "explain_pairs", "explain_probe", "explain_run"]
+__all__ = [
+    "draw_pair",
+    "explain_pairs",
+    "explain_run",
+]
 
-_RIGHT, _WRONG, _BOX = "#56B4E9", "#E69F00", "#F0E442"  # Okabe and Ito's colours
+_RIGHT, _WRONG = "#56B4E9", "#E69F00"  # Okabe and Ito's colours
 _LINES = 24  # correspondences drawn: more hide the radiographs
 
 
@@ -48,15 +44,7 @@ def explain_run(run: Run, source: str = "", progress: Progress | None = None) ->
     entries = explain_pairs(run, progress)
     result = run.read_json("evaluation/linear.json")
     if result is not None:
-        encoder = load_encoder(run.path)
-        if result["encoder_digest"] != encoder_digest(encoder):
-            raise DataError(
-                f"the probe in {run.path / 'evaluation'} belongs to an earlier state of the encoder; "
-                f"run 'otcxr evaluate {run.path}' again"
-            )
-        test = open_again(source or result["collection"]).split(result["splits"]["test"]["name"])
-        broken = set(result["splits"]["test"]["skipped"])
-        records = [record for record in test.records if record.name not in broken]
+        encoder, records = encoder_of(run, result), judged_records(result, source)
         entries += explain_probe(run, encoder, records, result["settings"]["size"], progress=progress)
     run.write_json("explain/index.json", entries)
     return entries
@@ -77,7 +65,7 @@ def explain_pairs(run: Run, progress: Progress | None = None) -> list[dict[str, 
                 arrays = dict(stored)
             figure, text = draw_pair(arrays)
             name = f"explain/pair_{path.stem}.png"
-            _save(figure, run, name)
+            save_figure(figure, run.path / name)
             entries.append({"file": name, "kind": "pair", "title": str(arrays["name"]), "text": text})
             bar(number + 1)
     return entries
@@ -109,7 +97,7 @@ def draw_pair(arrays: Mapping[str, NDArray[Any]]) -> tuple[Figure, str]:
         ((view_s, arrays["a"], grid_s, "first"), (view_t, arrays["b"], grid_t, "second"))
     ):
         axes = figure.add_subplot(grid[1, 4 * column : 4 * column + 4])
-        _show(axes, view, f"mass of the {name} view, times n")
+        show_radiograph(axes, view, f"mass of the {name} view, times n")
         shown = axes.imshow(
             mass.reshape(shape) * (mass > 0).sum(), cmap="viridis", alpha=0.5, extent=_cells(shape, first), vmin=0,
             vmax=max(2.0, float(mass.max() * (mass > 0).sum())),
@@ -168,125 +156,3 @@ def _draw_correspondences(
     for label, colour, style in (("within one cell of the truth", _RIGHT, "-"), ("farther off", _WRONG, "--")):
         axes.plot([], [], style, color=colour, label=label)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, frameon=False, fontsize=8)
-
-
-def explain_probe(
-    run: Run,
-    encoder: Encoder,
-    records: Sequence[Record],
-    size: int,
-    *,
-    each: int = 4,
-    progress: Progress | None = None,
-) -> list[dict[str, str]]:
-    """Draw heat maps of the linear probe's findings over test images, with expert boxes where there are any.
-
-    For every finding that the probe fitted: up to ``each`` images that have it, those with a box first, in their order.
-    The choice does not look at scores, so misses are shown as they come.
-
-    Raises: DataError: the run has no linear probe yet, or it was judged on other images.
-    """
-    path = run.path / "evaluation" / "linear.npz"
-    if not path.is_file():
-        raise DataError(f"{path} is missing; run 'otcxr evaluate {run.path}' first")
-    with np.load(path) as stored:
-        weights, bias, strength = stored["weights"], stored["bias"], stored["strength"]
-        findings, names, scores = [str(f) for f in stored["findings"]], stored["images"].tolist(), stored["scores"]
-    if names != [record.name for record in records]:
-        raise DataError(f"{path} was made on other images than these; run 'otcxr evaluate {run.path}' again")
-    model = ProbedEncoder(encoder, weights, bias)
-    fitted = [f for f in range(len(findings)) if strength[f] > 0]
-    entries = []
-    with (progress or SilentProgress()).bar("heat maps", len(fitted), "findings") as bar:
-        for done, f in enumerate(fitted):
-            finding = findings[f]
-            present = [row for row, record in enumerate(records) if record.labels.get(finding) == 1]
-            boxed_rows = {row for row in present if any(box.finding == finding for box in records[row].boxes)}
-            chosen = [*sorted(boxed_rows), *(row for row in present if row not in boxed_rows)][:each]
-            if not chosen:
-                continue
-            images, boxes, titles = [], [], []
-            for row in chosen:
-                record = records[row]
-                image = read_pixels(record.image).image
-                images.append(fit_square(image, size))
-                boxes.append([box_in_square(b, *image.shape[-2:]) for b in record.boxes if b.finding == finding])
-                percentile = float((scores[:, f] < scores[row, f]).mean())
-                titles.append(f"{record.name}\nscore above {percentile:.0%} of test images")
-            maps = heat_map(model, torch.stack(images), f).numpy()
-            figure = draw_heat_maps([i[0].numpy() for i in images], maps, boxes, titles, finding)
-            name = f"explain/heat_{finding}.png"
-            _save(figure, run, name)
-            boxed = sum(map(bool, boxes))
-            text = f"Grad-CAM of the linear probe for {finding} on {len(images)} test images that have it"
-            text += f"; expert boxes on {boxed} of them" if boxed else "; no expert boxes for this finding here"
-            if boxed:
-                hit = sum(_peak_inside(m, b) for m, b in zip(maps, boxes, strict=True) if b)
-                text += f", the strongest evidence inside a box on {hit}"
-            text += ". Colours are scaled by the strongest evidence in these images; they are not chosen by score."
-            entries.append({"file": name, "kind": "heat", "title": finding, "text": text})
-            bar(done + 1)
-    return entries
-
-
-def _peak_inside(heat: NDArray[np.float32], boxes: Sequence[tuple[float, float, float, float]]) -> bool:
-    """Whether the maximum of a map (S, S) lies in one of the boxes (in [0, 1]); a map without evidence hits nothing."""
-    if float(heat.max()) <= 0:
-        return False
-    row, column = divmod(int(heat.argmax()), heat.shape[1])
-    y, x = (row + 0.5) / heat.shape[0], (column + 0.5) / heat.shape[1]
-    return any(left <= x <= left + width and top <= y <= top + height for left, top, width, height in boxes)
-
-
-def draw_heat_maps(
-    images: Sequence[NDArray[np.float32]],
-    maps: NDArray[np.float32],
-    boxes: Sequence[Sequence[tuple[float, float, float, float]]],
-    titles: Sequence[str],
-    finding: str,
-) -> Figure:
-    """Radiographs above, the same with heat maps below; one colour scale for all, so maps can be compared.
-
-    Args:
-        images: (S, S) each, in [0, 1].
-        maps: (N, S, S) >= 0.
-        boxes: For each image its boxes (x, y, width, height) in [0, 1].
-        titles: A text for each image.
-        finding: Name of the finding.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    figure = Figure(figsize=(2.9 * len(images) + 0.9, 6.4), layout="constrained")
-    axes = np.atleast_2d(figure.subplots(2, len(images), squeeze=False))
-    top = max(float(maps.max()), 1e-12)
-    shown = None
-    for column, image in enumerate(images):
-        _show(axes[0, column], image, titles[column])
-        _show(axes[1, column], image, "")
-        shown = axes[1, column].imshow(
-            maps[column] / top, cmap="inferno", vmin=0, vmax=1, alpha=0.2 + 0.45 * maps[column] / top,
-            extent=(0, 1, 1, 0),
-        )  # fmt: skip
-        for x, y, width, height in boxes[column]:
-            for row in (0, 1):
-                axes[row, column].add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=_BOX, linewidth=1.6))
-    if shown is not None:
-        bar = figure.colorbar(shown, ax=axes[1, :].tolist(), shrink=0.85)
-        bar.set_label(f"evidence for {finding}", parse_math=False)
-    return figure
-
-
-def _show(axes: Axes, image: NDArray[np.float32], title: str) -> None:
-    axes.imshow(image, cmap="gray", vmin=0, vmax=1, extent=(0, 1, 1, 0), interpolation="bilinear")
-    axes.set_title(title, fontsize=8, parse_math=False)  # the name of a file may hold any sign
-    axes.axis("off")
-
-
-def _save(figure: Figure, run: Run, name: str) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_atomic(run.path / name, buffer.getvalue())

@@ -39,13 +39,14 @@ from otcxr.errors import OtcxrError, StorageError
 from otcxr.faults import Collapsed, Interrupted, explain_fault, ignore_signals, stop_request
 from otcxr.health import Watch, observe, verdict
 from otcxr.launch import full_state, restore_optimizer, set_up
+from otcxr.loggers import Loggers
 from otcxr.methods import SSLMethod, StepOutput, find_method
 from otcxr.nn.encoder import build_encoder, load_state
 from otcxr.online import OnlineProbe
 from otcxr.optim import cosine_schedule, make_optimizer, set_learning_rate
 from otcxr.probes import write_pairs
 from otcxr.runs import Run
-from otcxr.settings import PretrainConfig
+from otcxr.settings import PretrainConfig, config_to_plain
 
 __all__ = ["FORMAT", "Data", "Training", "build_method"]
 
@@ -125,7 +126,9 @@ class Training:
         self.left_out = sorted(set(range(len(records))) - set(data.usable))
         self.best: dict[str, Any] | None = None  # by which measure, and its value
         self.watch = Watch(train.collapse_patience, self.warmup)
-        self.collapsed, self.mark, self.verdict = False, "", ""
+        self.collapsed, self.marked, self.verdict = False, False, ""
+        self.mark = ""  # what the progress line says of the health
+        self.loggers: Loggers | None = None
         self.module, self.optimizer = set_up(fabric, method, train, self._make_optimizer)
         self.saved_step: int | None = None
         if checkpoint is not None:
@@ -209,6 +212,9 @@ class Training:
         if self.step >= self.total:
             self.progress.say(f"{self.run.path} has finished all {self.config.train.epochs} epochs already")
             return
+        if process() == 0 and self.config.train.loggers:
+            settings = config_to_plain(self.config)
+            self.loggers = Loggers(self.config.train.loggers, self.run.path, settings, self.progress)
         self.method.train()
         images = self.total * self.config.train.batch_size
         try:
@@ -222,6 +228,8 @@ class Training:
             raise told from error
         finally:
             self._end_loaders()
+            if self.loggers is not None:
+                self.loggers.close()
         if process() == 0:
             seen = [line["verdict"]["text"] for line in self.run.read_metrics() if "verdict" in line]
             self.progress.say(seen[-1] if seen else f"{self.run.path} is at step {self.step} of {self.total}")
@@ -354,9 +362,12 @@ class Training:
             line["health"] = observe(output.observed, batch, self.method.encoder.first_centre)
             judged = verdict(line["health"], terms)
             line["verdict"] = judged._asdict()
+            self.mark = ", healthy" if judged.healthy else ", unhealthy"
             self._heed(self.watch.see(self.step, judged), judged.text)
         try:
             self.run.append_metrics(line)
+            if self.loggers is not None:
+                self.loggers.log(line, self.step)
         except StorageError as error:  # raised by all processes together, where they next meet
             self.trouble = error
 
@@ -366,13 +377,13 @@ class Training:
         self.verdict = text
         if how == "ignore":
             return
-        marked = bool(self.mark)
+        marked = self.marked
         if action in ("warn", "stop"):
-            self.mark = ", unhealthy"
+            self.marked = True
         if action == "warn" or (action == "stop" and how == "warn" and not marked):
             self.progress.say(f"warning, step {self.step}: {text}")
         if action == "recovered":
-            self.mark = ""
+            self.marked = False
             self.progress.say(f"step {self.step}: healthy again: {text}")
         self.collapsed = action == "stop" and how == "stop"
 

@@ -129,13 +129,31 @@ _NO_TERMS = {
 def write_report(runs: Sequence[Run], out: Path) -> Path:
     """Write one page for one or several runs. A run that is still training is shown as far as it is.
 
+    Beside it, with the suffix ``.json``, stands a twin with every number of it.
+
     Returns: The page's path.
     Raises: DataError: no runs.
     """
     if not runs:
         raise DataError("no runs to report on; name at least one run folder")
+    if out.suffix == ".json":
+        raise DataError(f"the page cannot be {out}: its twin with the numbers has that name; take .html")
     write_atomic(out, _render("report.html", runs=[_facts(run) for run in runs]))
+    twin = {"otcxr": __version__, "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "runs": [_numbers(run) for run in runs]}  # fmt: skip
+    write_atomic(out.with_suffix(".json"), json.dumps(twin, allow_nan=False) + "\n")
     return out
+
+
+def _numbers(run: Run) -> dict[str, Any]:
+    """Every number that the page is made of, as the run's files hold them."""
+    evaluations = {task: run.read_json(f"evaluation/{task}.json") for task in STUDY_TASK_NAMES}
+    return {
+        "name": run.name, "settings": run.read_config(), "environment": run.read_json("environment.json"),
+        "encoder": run.read_json("encoder.json"), "skipped": _skipped(run), "metrics": run.read_metrics(),
+        "evaluations": {task: found for task, found in evaluations.items() if found is not None},
+        "matching": run.read_json("evaluation/matching.json"), "pictures": run.read_json("explain/index.json") or [],
+    }  # fmt: skip
 
 
 def write_predictions_page(result: Mapping[str, Any], out: Path) -> Path:
@@ -153,8 +171,8 @@ def write_predictions_page(result: Mapping[str, Any], out: Path) -> Path:
     return out
 
 
-def write_study_page(results: Mapping[str, Any], out: Path) -> Path:
-    """Write the page of a study from its ``results.json``."""
+def write_study_page(results: Mapping[str, Any], out: Path, gallery: Mapping[str, Any] | None = None) -> Path:
+    """Write the page of a study from its ``results.json`` and, where there is one, its ``gallery.json``."""
     study = results["study"]
     tasks = []
     for task, shares in results["tasks"].items():
@@ -188,7 +206,7 @@ def write_study_page(results: Mapping[str, Any], out: Path) -> Path:
                         if one.get("environment")), {})  # fmt: skip
     page = _render(
         "study.html", results=results, study=study, tasks=tasks, trainings=trainings, made=", ".join(made),
-        provenance=provenance | flatten(environment),
+        provenance=provenance | flatten(environment), gallery=gallery,
     )  # fmt: skip
     write_atomic(out, page)
     return out

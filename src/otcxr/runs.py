@@ -13,6 +13,7 @@ is appended to; a last line that was cut is dropped when it is read.
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import logging
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from otcxr.nn.encoder import Encoder
 
-__all__ = ["Run", "describe_environment", "storage_error", "write_atomic"]
+__all__ = ["Run", "describe_environment", "file_name", "storage_error", "write_atomic"]
 
 _log = logging.getLogger(__name__)
 _FOLDERS = ("best", "pairs", "evaluation", "evaluation/labels", "classifier/linear", "classifier/finetune", "explain")
@@ -56,6 +57,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 
 _PACKAGES = ("torch", "numpy", "opencv-python-headless", "scikit-learn", "lightning-fabric", "captum", "pydicom")
+
+
+def file_name(text: str) -> str:
+    """A text, such as the name of a finding, as part of a file's name: it can lead nowhere else.
+
+    Letters, digits, ``-``, ``_`` and inner dots stay; everything else is ``_``. Where that loses something, six digits
+    of a hash keep different texts apart.
+    """
+    kept = re.sub(r"[^\w.-]|^\.+|\.+$", "_", text)[:80] or "_"
+    return kept if kept == text else f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def write_atomic(path: Path, data: bytes | str, before: Callable[[], None] | None = None) -> None:

@@ -28,7 +28,7 @@ __all__ = [
 FREE = {
     "out", "resume", "data.source", "data.workers", "data.cache_gb", "train.accelerator", "train.devices",
     "train.nodes", "train.log_every", "train.on_collapse", "train.collapse_patience", "train.checkpoint_minutes",
-    "train.keep", "train.online_images",
+    "train.keep", "train.online_images", "train.loggers",
 }  # fmt: skip
 
 
@@ -83,6 +83,7 @@ class TrainConfig:
         online_images: Labelled images for the probe and the nearest neighbours that watch the training at every end
             of an epoch, and as many to judge them on; 0 watches nothing. They do not touch the training.
         probes: Radiographs whose pair of views is stored with masses, cost and plan.
+        loggers: Beside metrics.jsonl: csv, tensorboard, or package.module:function that returns a logger of Fabric.
     """
 
     epochs: int = 100
@@ -109,6 +110,7 @@ class TrainConfig:
     keep: int = 2
     online_images: int = 512
     probes: int = 8
+    loggers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "accumulate", "devices", "nodes", "log_every", "health_every",

@@ -44,12 +44,22 @@ from otcxr.matching import choose_images, load_method, match_images
 from otcxr.nn.encoder import Encoder, build_encoder, encoder_digest, load_encoder
 from otcxr.nn.imported import from_torchvision, read_weights
 from otcxr.runs import Run, describe_environment, write_atomic
-from otcxr.settings import config_to_plain
+from otcxr.settings import PretrainConfig, config_to_plain
 from otcxr.study.spec import IMAGENET, Study, Unit, read_study, training_digest
 from otcxr.study.tasks import ENCODER_TASKS, PAIR_TASKS, answer_of_pairs
 from otcxr.train import pretrain
 
-__all__ = ["chosen_point", "external_collection", "read_cell", "run_study", "run_unit", "unpack"]
+__all__ = [
+    "Views",
+    "chosen_point",
+    "external_collection",
+    "read_cell",
+    "run_folder",
+    "run_study",
+    "run_unit",
+    "unpack",
+    "untrained",
+]
 
 
 def run_study(
@@ -111,7 +121,7 @@ def run_unit(
         return
     assert encoder is not None
     how = protocol_config(study.evaluate)
-    cache = None if config is None else _folder(runs, unit, made) / "evaluation" / "features"
+    cache = None if config is None else run_folder(study, unit, config, runs) / "evaluation" / "features"
     features = Features(encoder.to(device_of(study.evaluate.accelerator)), material, how, cache, progress, unit.name)
     for task in tasks:
         begun = time.perf_counter()
@@ -122,7 +132,7 @@ def run_unit(
             value = _macro(material.val.labels[given.val], scored.val)
             cell: dict[str, Any] = {"point": chosen, "validation_auroc": value}
         elif task in PAIR_TASKS:
-            folder = None if config is None else _folder(runs, unit, made)
+            folder = None if config is None else run_folder(study, unit, config, runs)
             cell = _paired(study, task, features.encoder, folder, material, progress)
         else:
             cell = _judged(study, unit, task, features, views(task), progress)
@@ -350,7 +360,7 @@ def _encoder(
     """Train, or build, the encoder of a unit, and note how that went."""
     facts: dict[str, Any] = {"study": study.name, "unit": unit._asdict(), "digest": made, "tuned": dict(chosen)}
     if config is not None:
-        folder = _folder(runs, unit, made)
+        folder = run_folder(study, unit, config, runs)
         run = pretrain(replace(config, out=str(folder), resume=True), progress)
         encoder = load_encoder(folder)
         lines = run.read_metrics()
@@ -364,7 +374,7 @@ def _encoder(
             "elapsed_s": max(line["elapsed_s"] for line in trained),
         }  # fmt: skip
     else:
-        encoder = _untrained(study, unit, material)
+        encoder = untrained(study, unit, material)
         facts |= {"settings": {"encoder": dict(encoder.architecture._asdict()), "seed": unit.seed}}
     if unit.point is None:
         facts |= {"encoder_digest": encoder_digest(encoder), "environment": describe_environment()}
@@ -372,12 +382,13 @@ def _encoder(
     return encoder
 
 
-def _folder(runs: Path, unit: Unit, made: str) -> Path:
+def run_folder(study: Study, unit: Unit, config: PretrainConfig, runs: Path) -> Path:
     """Of a training: a point of the tuning grid that is chosen has been trained already."""
-    return runs / f"{unit.row}-{made}"
+    return runs / f"{unit.row}-{training_digest(config, study, unit)}"
 
 
-def _untrained(study: Study, unit: Unit, material: Material) -> Encoder:
+def untrained(study: Study, unit: Unit, material: Material) -> Encoder:
+    """The encoder of a row that is not trained: random weights with calibrated norms, or weights from elsewhere."""
     first = study.rows[0].config
     assert first is not None
     plain = to_plain(first.encoder)

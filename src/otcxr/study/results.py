@@ -135,7 +135,10 @@ def write_results(study: Study, out: Path, *, from_cells: bool = True) -> Path:
     results = json.loads(path.read_text())
     for name, text in write_markdown(results).items():
         write_atomic(out / name, text)
-    return write_study_page(results, out / "report.html")
+    gallery = out / "gallery.json"
+    return write_study_page(
+        results, out / "report.html", json.loads(gallery.read_text()) if gallery.is_file() else None
+    )
 
 
 def first_shares(found: Sequence[_Cells]) -> list[str]:

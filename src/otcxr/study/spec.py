@@ -47,6 +47,7 @@ from otcxr.evaluation.finetune import FinetuneConfig
 from otcxr.evaluation.segment import SegmentConfig
 from otcxr.evaluation.tasks import SHARED, EvaluateConfig
 from otcxr.matching import MatchingConfig
+from otcxr.runs import file_name
 from otcxr.settings import PretrainConfig, config_from_plain, identity
 from otcxr.study.tasks import ENCODER_TASKS, PAIR_TASKS
 
@@ -218,6 +219,10 @@ def read_study(path: str | Path) -> Study:
         rows.append(Row(IMAGENET, None))
     rows.append(Row(RANDOM, None))
     names = [row.name for row in rows]
+    lost = next((name for name in names if file_name(name) != name), None)
+    if lost is not None:
+        raise ConfigError(f"the name of a row is part of its files' names; '{lost}' cannot be: take letters, digits, "
+                          "'-', '_' and '.'")  # fmt: skip
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"the study has two rows named '{twice}'; give one of them another name with 'as'")
