@@ -7,6 +7,8 @@ copied, so the files are as confidential as their source. Neither is meant for d
 from __future__ import annotations
 
 import io
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +48,14 @@ def write_secondary_capture(
     """
     highdicom = _highdicom()
     reference = _reference(source, picture.shape[:2])
-    made = highdicom.sc.SCImage.from_ref_dataset(
+    made = _quietly(
+        highdicom.sc.SCImage.from_ref_dataset,
         reference, pixel_array=np.ascontiguousarray(picture), photometric_interpretation="RGB", bits_allocated=8,
         coordinate_system="PATIENT", series_instance_uid=highdicom.UID(), series_number=number,
         sop_instance_uid=highdicom.UID(), instance_number=1, manufacturer="otcxr", pixel_spacing=_spacing(reference),
         patient_orientation=tuple(reference.get("PatientOrientation") or ("L", "F")),
     )  # fmt: skip
-    made.SeriesDescription = f"{title} ({_NOTE})"[:64]
+    made.SeriesDescription = f"{_NOTE}: {title}"[:64]
     made.DerivationDescription = f"heat map by otcxr {__version__}, {_NOTE}"
     _save(made, out)
 
@@ -78,18 +81,26 @@ def write_segmentation(source: Path, mask: NDArray[np.bool_], title: str, out: P
         name="otcxr heat map above Otsu's threshold", version=__version__, family=codes.cid7162.ArtificialIntelligence
     )
     segment = highdicom.seg.SegmentDescription(
-        segment_number=1, segment_label=f"{title} ({_NOTE})"[:64],
+        segment_number=1, segment_label=f"{_NOTE}: {title}"[:64],
         segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
         segmented_property_type=codes.SCT.Lesion, algorithm_type="AUTOMATIC", algorithm_identification=identity,
     )  # fmt: skip
-    made = highdicom.seg.Segmentation(
+    made = _quietly(
+        highdicom.seg.Segmentation,
         source_images=[reference], pixel_array=mask[None].astype(np.uint8), segmentation_type="BINARY",
         segment_descriptions=[segment], series_instance_uid=highdicom.UID(), series_number=number,
         sop_instance_uid=highdicom.UID(), instance_number=1, manufacturer="otcxr", manufacturer_model_name="otcxr",
         software_versions=__version__, device_serial_number="0",
     )  # fmt: skip
-    made.SeriesDescription = f"{title} ({_NOTE})"[:64]
+    made.SeriesDescription = f"{_NOTE}: {title}"[:64]
     _save(made, out)
+
+
+def _quietly(make: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """Without warnings: that the name of a patient is a code, as in public collections, is no fault of ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(*given, **named)
 
 
 def _highdicom() -> Any:
