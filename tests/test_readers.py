@@ -378,7 +378,18 @@ def test_folder_other_errors(tmp_path):
 
 
 def test_open_collection(tmp_path):
-    assert set(READERS) == {"folder", "nih", "phantom"}
+    assert set(READERS) == {
+        "chexpert",
+        "folder",
+        "mimic",
+        "montgomery",
+        "nih",
+        "phantom",
+        "rsna",
+        "shenzhen",
+        "siim",
+        "vindr",
+    }
     assert len(open_collection("phantom:3,size=32").records) == 3
     nih(tmp_path)
     assert len(open_collection(f"nih:{tmp_path}").records) == 4

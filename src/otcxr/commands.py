@@ -415,6 +415,8 @@ def data_inspect(words: Sequence[str]) -> int:
     people = f"{len({r.patient for r in records})} patients, {len({r.study for r in records})} studies"
     progress.say(f"{collection.name}: {len(usable)} usable images, {people if stated else 'patients not stated'}, "
                  f"{len(skipped)} skipped")  # fmt: skip
+    for note in collection.notes:
+        progress.say(f"note: {note}")
     for split in sorted({r.split for r in records} - {""}):
         try:
             collection.split(split)

@@ -7,13 +7,12 @@ commas, ages such as ``058Y`` or ``412``, boxes in the frame of the 1024-pixel i
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from pathlib import Path
 
 from otcxr.data.images import png_size
 from otcxr.data.records import Box, Collection, Record, Skipped
+from otcxr.data.tables import read_rows
 from otcxr.errors import DataError
 
 __all__ = ["FINDINGS", "read_nih"]
@@ -58,7 +57,7 @@ def read_nih(text: str) -> Collection:
     records: list[Record] = []
     skipped: list[Skipped] = []
     seen: set[str] = set()
-    for row in _rows(table, _COLUMNS):
+    for row in read_rows(table, _COLUMNS):
         name = row["Image Index"]
         if name in seen:
             raise DataError(f"{table} names {name} twice; remove one of the lines")
@@ -120,40 +119,12 @@ def _find_images(root: Path) -> dict[str, Path]:
     return images
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of a CSV as text; surplus empty columns are ignored.
-
-    Raises: DataError: not UTF-8, a column is missing, or a row is shorter than the header asks for.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8 CSV"
-        ) from error
-    reader = csv.reader(io.StringIO(text))
-    header = [name.strip() for name in next(reader, [])]
-    missing = [name for name in columns if name not in header]
-    if missing:
-        raise DataError(f"{path} has no column '{missing[0]}'; expected {', '.join(columns)}. Found: {header}")
-    at = [(name, header.index(name)) for name in columns]
-    last = max(index for _, index in at)
-    rows = []
-    for row in reader:
-        if not row:
-            continue
-        if len(row) <= last:
-            raise DataError(f"{path} line {reader.line_num} has {len(row)} fields; expected at least {last + 1}")
-        rows.append({name: row[index].strip() for name, index in at})
-    return rows
-
-
 def _read_boxes(path: Path) -> dict[str, list[Box]]:
     """Boxes by image in the 1024-pixel frame; an absent file means no boxes. Both published headers begin alike."""
     boxes: dict[str, list[Box]] = {}
     if not path.is_file():
         return boxes
-    for row in _rows(path, ("Image Index", "Finding Label", "Bbox [x", "y", "w", "h]")):
+    for row in read_rows(path, ("Image Index", "Finding Label", "Bbox [x", "y", "w", "h]")):
         finding = "Infiltration" if row["Finding Label"] == "Infiltrate" else row["Finding Label"]
         if finding not in FINDINGS:
             raise DataError(f"{path} has a box of '{finding}' on {row['Image Index']}, which is none of the 14 of NIH")

@@ -72,7 +72,7 @@ class Record(NamedTuple):
         patient: Identifier of the patient; splits and intervals group by it. Unknown: one patient an image.
         sex: "M", "F" or None.
         age: Years, or None (unknown or implausible).
-        view: "PA", "AP" or None.
+        view: "PA", "AP", "LATERAL" or None.
         source: Name of the reader that made the record.
         spacing: (row, column) pixel pitch in millimetres of the pixels as stored, or None.
         labels: Finding -> 1 present, 0 absent; an absent key means *not assessed*.
@@ -125,12 +125,15 @@ class Collection(NamedTuple):
         findings: Findings in the order in which tables list them.
         records: The records, in a stable order.
         skipped: Images that the reader left out, with the reason (listed, never silent).
+        notes: Rules by which labels were read, and what an option of the source left out; said wherever it is opened
+            to be looked at.
     """
 
     name: str
     findings: tuple[str, ...]
     records: Sequence[Record]
     skipped: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def split(self, name: str) -> Collection:
         """Return the records of one split.

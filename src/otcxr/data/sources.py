@@ -4,30 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from otcxr.data.chexpert import read_chexpert, read_mimic
 from otcxr.data.folder import read_folder
 from otcxr.data.montgomery import read_montgomery, read_shenzhen
 from otcxr.data.nih import read_nih
 from otcxr.data.phantom import read_phantom
 from otcxr.data.records import Collection
+from otcxr.data.rsna import read_rsna
 from otcxr.data.siim import read_siim
+from otcxr.data.vindr import read_vindr
 from otcxr.errors import DataError, did_you_mean
 
 __all__ = ["READERS", "open_again", "open_collection"]
 
 READERS: dict[str, Callable[[str], Collection]] = {
+    "chexpert": read_chexpert,
     "folder": read_folder,
+    "mimic": read_mimic,
     "montgomery": read_montgomery,
     "nih": read_nih,
     "phantom": read_phantom,
+    "rsna": read_rsna,
     "shenzhen": read_shenzhen,
     "siim": read_siim,
+    "vindr": read_vindr,
 }
 
 
 def open_collection(source: str) -> Collection:
     """Open the collection that a source string names: ``READER:ARGUMENT``.
 
-    "nih:PATH", "siim:PATH", "montgomery:PATH", "shenzhen:PATH", "folder:PATH" and "phantom:N[,seed=S][,size=P]".
+    "nih:PATH", "folder:PATH", "phantom:N[,seed=S][,size=P]" and so on: the keys of ``READERS``.
 
     Raises: DataError: unknown reader, or what the reader raises.
     """
