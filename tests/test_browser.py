@@ -4,7 +4,9 @@ Chromium is taken where the system has it. Where OTCXR_BROWSER is set, as in CI,
 """
 
 import os
+import re
 import shutil
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -243,6 +245,50 @@ def test_a_phone_needs_no_sideways_scrolling(browser, run, tmp_path, scheme):
     assert watched.explorer("[e.state.side, e.state.index]") == [0, 0]
     watched.clean()
     page.close()
+
+
+def test_printing_shows_what_is_folded(browser, run, tmp_path):
+    watched = Watched(browser, write_report([run], tmp_path / "report.html"))
+    shown = "() => [...document.querySelectorAll('details')].map(d => d.lastElementChild.checkVisibility())"
+    assert set(watched.page.evaluate(shown)) == {False}
+    watched.page.emulate_media(media="print")
+    assert set(watched.page.evaluate(shown)) == {True}
+    assert (
+        watched.page.evaluate("() => getComputedStyle(document.querySelector('.explorer .controls')).display") == "none"
+    )
+    watched.page.close()
+
+
+def test_every_picture_has_words(shown):
+    for selector in ("img", "canvas", "figure[role=img]"):
+        for place in shown.page.locator(selector).all():
+            assert (place.get_attribute("alt") or place.get_attribute("aria-label") or "").strip()
+    assert shown.page.get_attribute("html", "lang") == "en"
+    assert shown.page.locator("h1").count() >= 1
+
+
+def luminance(colour):
+    channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_stands_out_from_its_ground():
+    """WCAG 2 AA: a contrast of at least 4.5 for every colour of text on every ground, light and dark."""
+    style = resources.files("otcxr").joinpath("templates", "_style.html").read_text()
+    for block in re.findall(r":root \{([^}]*)\}", style):
+        colours = {
+            name: value if len(value) == 7 else "#" + "".join(2 * c for c in value[1:])
+            for name, value in re.findall(r"--(\w+): (#[0-9a-f]{3,6})", block)
+        }
+        for text in ("text", "soft", "good", "bad", "accent"):
+            for ground in ("ground", "card"):
+                light, dark = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
+
+
+def test_a_typical_page_is_small(shown, run, tmp_path):
+    assert write_report([run], tmp_path / "report.html").stat().st_size < 15e6
 
 
 def test_a_method_that_pairs_nothing_has_no_explorer(tmp_path, run):

@@ -223,6 +223,15 @@ def test_a_method_without_pairs_still_has_a_map(runs):
     assert result["images"] <= 12
 
 
+@pytest.mark.parametrize("method", ["densecl", "moco"])
+def test_a_queue_that_follows_the_number_of_images_is_loaded(tmp_path, method):
+    """The queue of a small collection is smaller than the settings say; so is that of the method that is built anew."""
+    run = pretrain(tiny(tmp_path / "run", method))
+    learned = load_method(run)
+    assert len(learned.state_dict()["queue.vectors"]) < type(learned.settings)().queue
+    assert measure_matching(run, config=MatchingConfig(images=6, pairs=1, resamples=20))["method"] == method
+
+
 def test_the_method_that_was_learned_is_loaded(runs, tmp_path):
     method = load_method(runs["otcxr"])
     state = runs["otcxr"].path / "method.safetensors"

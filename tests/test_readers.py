@@ -398,7 +398,10 @@ def test_open_collection(tmp_path):
             open_collection(source)
     with pytest.raises(DataError, match="unknown reader 'phantm' in data.source; did you mean 'phantom'"):
         open_collection("phantm:3")
-    with pytest.raises(DataError, match="unknown reader 'zzz' in data.source; known: chexpert, folder, mimic, montgomery, nih, phantom, rsna, shenzhen, siim, vindr"):
+    with pytest.raises(
+        DataError,
+        match="unknown reader 'zzz' in data.source; known: chexpert, folder, mimic, .*, vindr",
+    ):
         open_collection("zzz:3")
 
 

@@ -227,7 +227,8 @@ def load_method(run: Run) -> SSLMethod:
     path = run.path / "method.safetensors"
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; it is written at the end of the first epoch")
-    method = build_method(config_from_plain(run.read_config()))
+    facts = run.read_json("environment.json") or {}
+    method = build_method(config_from_plain(run.read_config()), facts.get("images"))  # a queue may follow their number
     try:
         state = load_file(path)
     except SafetensorError as error:

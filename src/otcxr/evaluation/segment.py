@@ -12,8 +12,8 @@ channels only:
 
 where the Dice sums go over a whole batch, as most images show none of a lesion. The penalty, or the step, with the
 least loss on the validation images is kept. A channel's bias starts at the logit of the share of pixels that it covers.
-Its threshold is the one of 255, sixteenths of a logit apart, with the largest Dice of *all* validation pixels together,
-images without the region included.
+Its threshold is the one of 255, sixteenths of a logit apart, with the largest mean Dice over the validation images that
+have the region, as it is measured; what that costs on the others, ``left_empty`` says.
 
 Measured, for each test image and region:
 
@@ -209,17 +209,19 @@ def segmentation_loss(logits: Tensor, masks: Tensor, known: Tensor) -> Tensor:
 
 
 def choose_threshold(inside: NDArray[np.floating[Any]], outside: NDArray[np.floating[Any]]) -> float:
-    """The threshold with the largest Dice of all pixels together.
+    """The threshold with the largest mean Dice.
 
     Args:
-        inside, outside: (256,) numbers of pixels in and out of the region by logit: number k holds those of
-            [-8 + k / 16, -8 + (k + 1) / 16), the first and the last all beyond.
-    Returns: A logit; what reaches it is called. Of equally good ones the lowest; 0 without a pixel inside.
+        inside, outside: (N, 256) of each image the numbers of pixels in and out of the region by logit: number k holds
+            those of [-8 + k / 16, -8 + (k + 1) / 16), the first and the last all beyond.
+    Returns: A logit; what reaches it is called. Of equally good ones the lowest; 0 without an image with the region.
     """
-    if not inside.sum():
+    shown = inside.sum(1) > 0
+    if not shown.any():
         return 0.0
-    true, false = (np.cumsum(counts[::-1])[::-1][1:] for counts in (inside, outside))
-    return float((np.argmax(2 * true / (true + false + inside.sum())) + 1 - _LEVELS // 2) * _STEP)
+    true, false = (np.cumsum(counts[shown, ::-1], axis=1)[:, ::-1][:, 1:] for counts in (inside, outside))
+    found = 2 * true / (true + false + inside[shown].sum(1, keepdims=True))
+    return float((np.argmax(found.mean(0)) + 1 - _LEVELS // 2) * _STEP)
 
 
 def measure_image(logits: NDArray[np.floating[Any]], threshold: float, truth: NDArray[np.bool_]) -> dict[str, float]:
@@ -438,15 +440,17 @@ def _logistic(x: Tensor, y: Tensor, known: Tensor, penalty: float) -> tuple[Tens
 
 
 def _thresholds(model: Segmenter, val: Part, source: _Source, batch_size: int) -> NDArray[np.float64]:
-    counts = np.zeros((len(source.regions), 2, _LEVELS))
+    counts: list[tuple[list[NDArray[np.intp]], list[NDArray[np.intp]]]] = [([], []) for _ in source.regions]
     for rows, logits in source.logits(model, val, batch_size):
         level = np.clip(np.floor(logits / _STEP).astype(np.intp) + _LEVELS // 2, 0, _LEVELS - 1)
         truth = source.truth(val, rows)
         for i, row in enumerate(rows):
-            for r in np.flatnonzero(~np.isnan(val.labels[row])).tolist():
+            for r in np.flatnonzero(val.labels[row] == 1).tolist():
                 for side, chosen in enumerate((truth[i, r], ~truth[i, r])):
-                    counts[r, side] += np.bincount(level[i, r][chosen], minlength=_LEVELS)
-    return np.array([choose_threshold(inside, outside) for inside, outside in counts])
+                    counts[r][side].append(np.bincount(level[i, r][chosen], minlength=_LEVELS))
+    return np.array([
+        choose_threshold(*(np.array(side, dtype=np.float64).reshape(-1, _LEVELS) for side in own)) for own in counts
+    ])  # fmt: skip
 
 
 def _measure(

@@ -247,7 +247,7 @@ def _rows(
             share: [
                 f
                 for f, finding in enumerate(findings)
-                if not any(n[f] for one in row.values() for n in one.notes.values())
+                if not any(one.notes[m][f] for one in row.values() for m, c in one.columns.items() if c.anchor)
             ]
             for share, row in drawn.items()
         }
