@@ -129,7 +129,7 @@ def write_results(study: Study, out: Path, *, from_cells: bool = True) -> Path:
     """
     path = out / "results.json"
     if from_cells:
-        write_atomic(path, json.dumps(collect(study, out), allow_nan=False) + "\n")
+        write_atomic(path, json.dumps(_rounded(collect(study, out)), allow_nan=False) + "\n")
     elif not path.is_file():
         raise DataError(f"{path} is missing; run the study first")
     results = json.loads(path.read_text())
@@ -139,6 +139,15 @@ def write_results(study: Study, out: Path, *, from_cells: bool = True) -> Path:
     return write_study_page(
         results, out / "report.html", json.loads(gallery.read_text()) if gallery.is_file() else None
     )
+
+
+def _rounded(value: Any) -> Any:
+    """Plain values with numbers to seven digits: more of them only make files large."""
+    if isinstance(value, Mapping):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def first_shares(found: Sequence[_Cells]) -> list[str]:
