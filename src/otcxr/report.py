@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -27,6 +27,7 @@ __all__ = [
     "localize_rows",
     "matching_rows",
     "show_evaluation",
+    "split_measures",
     "write_explorer_page",
     "write_predictions_page",
     "write_report",
@@ -180,7 +181,7 @@ def write_study_page(results: Mapping[str, Any], out: Path, gallery: Mapping[str
         for test in next(iter(shares.values())):
             tables = {share: table[test] for share, table in shares.items()}
             most = next(iter(tables.values()))
-            ranked = [name for name in MEASURE_NAMES if any(name in row["macro"] for row in most["rows"].values())]
+            ranked, single = split_measures(most)
             name = ranked[0]
             curves = {
                 row: [(float(share), table["rows"][row]["macro"][name]) for share, table in reversed(tables.items())]
@@ -190,7 +191,7 @@ def write_study_page(results: Mapping[str, Any], out: Path, gallery: Mapping[str
             tasks.append({
                 "title": title, "how": how, "test": test if len(results["images"]) > 1 else "", "measure": name,
                 "ranked": ranked, "findings": list(next(iter(most["rows"].values()))["findings"]),
-                "several": len(ranked) > 1 and ranked[0] not in RANKED,
+                "single": single, "several": len(ranked) > 1 and ranked[0] not in RANKED,
                 "shares": tables, "most": most, "over": means_over(list(tables.values())),
                 "within": {group: means_over([inside]) for group, inside in most["within"].items()},
                 "svg": efficiency_chart(curves, f"macro {MEASURE_NAMES[name]}", {"random"}) if len(tables) > 1 else "",
@@ -210,6 +211,25 @@ def write_study_page(results: Mapping[str, Any], out: Path, gallery: Mapping[str
     )  # fmt: skip
     write_atomic(out, page)
     return out
+
+
+def split_measures(table: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Measures of a study's table that have a mean for some row, and those that only single findings have.
+
+    Detection of empties has no mean where a region (lungs) is in every image.
+    """
+
+    def known(estimates: Iterable[Mapping[str, Any] | None]) -> bool:
+        return any(one is not None and one["value"] is not None for one in estimates)
+
+    rows = list(table["rows"].values())
+    there = [name for name in MEASURE_NAMES if any(name in row["macro"] for row in rows)]
+    whole = [name for name in there if known(row["macro"].get(name) for row in rows)]
+    single = [
+        name for name in there
+        if name not in whole and known(one.get(name) for row in rows for one in row["findings"].values())
+    ]  # fmt: skip
+    return whole or there[:1], single
 
 
 def means_over(tables: Sequence[Mapping[str, Any]]) -> str:

@@ -197,7 +197,8 @@ def _entry(
         logits = scores[name][:, one.finding]
         methods[name] = {
             "score": float(logits[one.row]), "percentile": float((logits < logits[one.row]).mean()),
-            "peak": float(heat.max()), "hit": pointing(heat, truth.mask) > 0.5, "iou": box_overlap(found, list(truth.boxes))[0],
+            "peak": float(heat.max()), "hit": pointing(heat, truth.mask) > 0.5,
+            "iou": box_overlap(found, list(truth.boxes))[0],
             "box": None if found is None else [float(v) for v in found],
             "picture": _picture(image, heat, top, truth, found),
         }  # fmt: skip

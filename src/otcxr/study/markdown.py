@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from otcxr.charts import efficiency_chart
-from otcxr.report import MEASURE_NAMES, RANKED, STUDY_TASK_NAMES, describe_training, means_over
+from otcxr.report import MEASURE_NAMES, RANKED, STUDY_TASK_NAMES, describe_training, means_over, split_measures
 
 __all__ = ["write_markdown"]
 
@@ -121,7 +121,7 @@ def _gaps(table: Mapping[str, Any], row: str, measure: str) -> str:
 
 def _measures(table: Mapping[str, Any]) -> list[str]:
     """All measures beside each other, where there are others than those of a ranking."""
-    found = [name for name in MEASURE_NAMES if any(name in row["macro"] for row in table["rows"].values())]
+    found, _ = split_measures(table)
     if found[0] in RANKED or len(found) < 2:
         return []
     lines = [f"| row | {' | '.join(MEASURE_NAMES[name] for name in found)} |", "|---" * (len(found) + 1) + "|"]
@@ -132,8 +132,13 @@ def _measures(table: Mapping[str, Any]) -> list[str]:
 
 
 def _by_finding(table: Mapping[str, Any]) -> list[str]:
+    """The first measure, and those that have no mean, by finding."""
+    whole, single = split_measures(table)
+    return [line for measure in (whole[0], *single) for line in _of_findings(table, measure)]
+
+
+def _of_findings(table: Mapping[str, Any], measure: str) -> list[str]:
     findings = list(next(iter(table["rows"].values()))["findings"])
-    measure = next(name for name in MEASURE_NAMES if any(name in row["macro"] for row in table["rows"].values()))
     lines = [f"| row | {' | '.join(findings)} |", "|---" * (len(findings) + 1) + "|"]
     for row, found in table["rows"].items():
         cells = [_interval(found["findings"][finding].get(measure)) for finding in findings]
