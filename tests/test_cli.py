@@ -241,4 +241,4 @@ def test_the_whole_path_from_the_command_line(tmp_path, capsys):
     index = json.loads((tmp_path / "run" / "explain" / "index.json").read_text())
     assert {entry["kind"] for entry in index} == {"pair", "heat"}
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(index)
+    assert page.count('<img src="data:image/png;base64,') == len(index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
@@ -142,8 +143,17 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
     write_atomic(out, _render("report.html", runs=[_facts(run) for run in runs]))
     twin = {"otcxr": __version__, "written": datetime.now(UTC).isoformat(timespec="seconds"),
             "runs": [_numbers(run) for run in runs]}  # fmt: skip
-    write_atomic(out.with_suffix(".json"), json.dumps(twin, allow_nan=False) + "\n")
+    write_atomic(out.with_suffix(".json"), json.dumps(_finite(twin), allow_nan=False) + "\n")
     return out
+
+
+def _finite(value: Any) -> Any:
+    """Plain values with None for what is no number: a loss that has left the numbers is in ``metrics.jsonl``."""
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(run: Run) -> dict[str, Any]:
