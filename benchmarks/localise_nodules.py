@@ -31,7 +31,7 @@ from otcxr.train import EncoderConfig, PretrainConfig, TrainConfig, pretrain
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "results" / "nodules.json"
-PLANTED = "prevalence=0.05,nodule_prevalence=0.5,contrast=1.5,lesion_size=2"
+PLANTED = "prevalence=0,nodule_prevalence=0.5,contrast=1.5,lesion_size=2"
 SHOWN = {"pointing": "strongest place inside", "energy": "heat inside", "lung_energy": "heat in the lungs"}
 
 
@@ -50,7 +50,7 @@ def main() -> None:
         train=TrainConfig(epochs=epochs, batch_size=64, learning_rate=0.002, accelerator="cpu", online_images=0),
     ), progress)  # fmt: skip
     found = localize_run(
-        run, config=EvaluateConfig(accelerator="cpu", finetune=FinetuneConfig(steps=steps)), progress=progress,
+        run, config=EvaluateConfig(accelerator="cpu", finetune=FinetuneConfig(steps=steps, learning_rate=0.003)), progress=progress,
         head="finetune", kinds=["grad-cam", "layer-cam"],
     )  # fmt: skip
     tables = {kind: maps["findings"]["Nodule"] for kind, maps in found["maps"].items() if "Nodule" in maps["findings"]}
