@@ -49,8 +49,9 @@ def main() -> None:
         encoder=EncoderConfig(name="resnet18", width=16, stride=16), out=str(words.run), resume=words.run.exists(),
         train=TrainConfig(epochs=epochs, batch_size=64, learning_rate=0.002, accelerator="cpu", online_images=0),
     ), progress)  # fmt: skip
+    tuning = FinetuneConfig(steps=steps, learning_rate=0.003)
     found = localize_run(
-        run, config=EvaluateConfig(accelerator="cpu", finetune=FinetuneConfig(steps=steps, learning_rate=0.003)), progress=progress,
+        run, config=EvaluateConfig(accelerator="cpu", finetune=tuning), progress=progress,
         head="finetune", kinds=["grad-cam", "layer-cam"],
     )  # fmt: skip
     tables = {kind: maps["findings"]["Nodule"] for kind, maps in found["maps"].items() if "Nodule" in maps["findings"]}
