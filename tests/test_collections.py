@@ -45,7 +45,8 @@ def test_rows_of_a_table(tmp_path, zipped):
 
 @pytest.mark.parametrize(("name", "data", "says"), [
     ("t.csv", b"a\n\xff\n", "not UTF-8"), ("t.csv", b"a,b\n1\n", "line 2 has 1 fields"),
-    ("t.csv.gz", b"not zipped", "cannot be read"), ("t.csv.gz", gzip.compress(b"a" * 999, mtime=0)[:-9], "cannot be read"),
+    ("t.csv.gz", b"not zipped", "cannot be read"),
+    ("t.csv.gz", gzip.compress(b"a" * 999, mtime=0)[:-9], "cannot be read"),
 ], ids=["encoding", "short", "plain", "cut"])  # fmt: skip
 def test_broken_tables_are_named(tmp_path, name, data, says):
     (tmp_path / name).write_bytes(data)
