@@ -85,7 +85,7 @@ MAY_IMPORT = {
     # the folder of a run: the one channel between training, evaluation and report
     "runs": "errors version nn.encoder",
     # training
-    "methods": "methods errors",
+    "methods": "methods config errors",
     "methods.base": METHODS,
     "methods.contrastive_ot": METHODS,
     "methods.otcxr": METHODS,
@@ -137,11 +137,11 @@ MAY_IMPORT = {
     "evaluation.tables": EVALUATION,
     "evaluation.tasks": EVALUATION,
     "evaluation.truth": EVALUATION,
-    "explorer": "runs",
+    "explorer": "data.geometry runs",
     "overlay": "",
     "dicom_out": "runs errors version",
     "heatmaps": "nn data runs attribution evaluation.overlap overlay dicom_out console errors",
-    "explain": "heatmaps data runs config console errors",
+    "explain": "explorer heatmaps data runs config console errors",
     "preview": "data runs console errors",
     "cards": "runs errors version",
     "charts": "",

@@ -15,7 +15,7 @@ import torch
 from otcxr import report as reporting
 from otcxr.data.dataset import DataConfig
 from otcxr.data.views import ViewsConfig
-from otcxr.explorer import explorer_data
+from otcxr.explorer import explorer_data, true_cells
 from otcxr.ot import sinkhorn
 from otcxr.report import write_explorer_page, write_report
 from otcxr.runs import Run
@@ -109,7 +109,7 @@ def test_pointing_shows_where_the_mass_goes(shown, run):
     assert len({pixels for _, pixels in seen.values()}) == 3
     # what is said is what the stored plan says
     with np.load(sorted((run.path / "pairs").glob("*.npz"))[0]) as stored:
-        plan, true = stored["plan"][index], int(stored["true"][index])
+        plan, true = stored["plan"][index], int(true_cells(stored)[index])
     goal = int(plan.argmax())
     if plan.sum() > 0:
         assert f"Most goes to row {goal // columns + 1}, column {goal % columns + 1}" in seen[index][0]

@@ -295,6 +295,10 @@ def test_a_broken_mask_is_listed_and_many_are_refused(phantoms):
     assert "mask of heart" in material.fit.skipped[0].reason
     where = [r.name for r in material.fit.records].index(records[at].name)
     assert math.isnan(material.fit.labels[where][0])
+    # training and measuring go on without it
+    found = segment(build_encoder("resnet18", width=4, stride=16), material, draw_labels(material, 1.0, 0),
+                    SegmentConfig(steps=40, width=2), "frozen", QUIET)  # fmt: skip
+    assert found.fitted[0]
     every = [r._replace(masks={"heart": _Broken()}) for r in phantoms.records]
     with pytest.raises(DataError, match="masks of 'train' cannot be read"):
         material_of(phantoms._replace(records=every))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import inspect
 import json
+import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ __all__ = [
     "digest",
     "flatten",
     "from_files",
+    "import_named",
     "make_parser",
     "parse",
     "peek",
@@ -32,6 +35,30 @@ __all__ = [
 ]
 
 T = TypeVar("T", bound="DataclassInstance")
+
+
+def import_named(name: str, what: str) -> Any:
+    """What ``package.module:NAME`` names; modules are searched as Python does, and in the working directory.
+
+    Args:
+        name: The name, with a colon.
+        what: What is asked for, for messages: "method".
+    Returns: The object, None where the module has none of this name.
+    Raises: ConfigError: it is no such name, or there is no such module.
+    """
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ConfigError(f"{what} '{name}': give a {what} from outside as package.module:Class")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # a module that this one needs
+        raise ConfigError(f"{what} '{name}': there is no module '{error.name}'; install it, or start from the folder "
+                          "that holds it") from error  # fmt: skip
+    return getattr(found, attribute, None)
 
 
 def make_parser(command: str, text: str) -> ArgumentParser:

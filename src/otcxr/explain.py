@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from otcxr.console import Progress, SilentProgress
+from otcxr.explorer import true_cells
 from otcxr.heatmaps import encoder_of, explain_probe, judged_records, save_figure, show_radiograph
 from otcxr.runs import Run
 
@@ -82,7 +83,7 @@ def draw_pair(arrays: Mapping[str, NDArray[Any]]) -> tuple[Figure, str]:
 
     view_s, view_t = arrays["view_s"].astype(np.float32), arrays["view_t"].astype(np.float32)
     grid_s, grid_t = arrays["valid_s"].shape, arrays["valid_t"].shape
-    cell = arrays["true"]
+    cell = true_cells(arrays)
     known = cell >= 0
     goal = arrays["plan"].argmax(1)
     width = grid_t[1]

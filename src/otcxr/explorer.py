@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from otcxr.runs import Run
 
-__all__ = ["EPSILONS", "explorer_data", "pair_data"]
+__all__ = ["EPSILONS", "explorer_data", "pair_data", "true_cells"]
 
 EPSILONS = (0.005, 1.0)  # ends of the slider: below, exp(-2 / epsilon) leaves the range of doubles
 _MOST_BYTES = 6_000_000  # of all pairs of a run: a page is read on phones too
@@ -72,10 +72,31 @@ def pair_data(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
         "grids": [[rows, columns], [rows_t, columns_t]],
         "valid": [arrays["valid_s"].ravel().astype(int).tolist(), arrays["valid_t"].ravel().astype(int).tolist()],
         "first": float(arrays["first_centre"]),
-        "true": arrays["true"].astype(int).tolist(),
+        "true": true_cells(arrays).tolist(),
         "cost": _packed(arrays["cost"]), "plan": _packed(arrays["plan"]),
         "a": _packed(arrays["a"]), "b": _packed(arrays["b"]), "heads": heads,
     }  # fmt: skip
+
+
+def true_cells(arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+    """(n,) where each position of the first view truly lies in the second, by their geometry; -1 where that does not
+    show it.
+
+    Args:
+        arrays: What training wrote to ``pairs/NNN.npz``.
+    """
+    import torch
+
+    from otcxr.data.geometry import correspondence
+
+    first, second = arrays["valid_s"], arrays["valid_t"]
+    true = correspondence(
+        torch.from_numpy(arrays["geometry"][:1]), torch.from_numpy(arrays["geometry"][1:]),
+        torch.from_numpy(first).view(1, -1), torch.from_numpy(second).view(1, -1),
+        (first.shape[0], first.shape[1]), (second.shape[0], second.shape[1]), float(arrays["first_centre"]),
+    )  # fmt: skip
+    cells: NDArray[np.int64] = torch.where(true.known, true.cell, -1)[0].numpy()
+    return cells
 
 
 def _packed(array: NDArray[Any]) -> str:

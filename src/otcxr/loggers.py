@@ -5,13 +5,11 @@ A logger that fails is dropped with a word; the training goes on.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from otcxr.config import flatten
+from otcxr.config import flatten, import_named
 from otcxr.console import Progress
 from otcxr.errors import ConfigError, did_you_mean
 
@@ -85,14 +83,11 @@ def make_logger(name: str, folder: Path) -> Logger:
             return TensorBoardLogger(place, name="tensorboard", version="")
         except ModuleNotFoundError as error:
             raise ConfigError("train.loggers: tensorboard is not installed: pip install tensorboard") from error
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ConfigError(f"train.loggers: unknown logger '{name}'{did_you_mean(name, LOGGERS)}; known: "
                           f"{', '.join(LOGGERS)}, or package.module:function")  # fmt: skip
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        made: Logger = getattr(importlib.import_module(module), attribute)(folder)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"train.loggers: '{name}' cannot be had: {error}") from error
+    make = import_named(name, "logger")
+    if not callable(make):
+        raise ConfigError(f"train.loggers: {name.partition(':')[0]} has no function named '{name.partition(':')[2]}'")
+    made: Logger = make(folder)
     return made

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from otcxr.data.dataset import read_pixels
-from otcxr.data.geometry import correspondence, token_valid
+from otcxr.data.geometry import token_valid
 from otcxr.data.records import Collection, Record
 from otcxr.data.views import ViewsConfig, make_views, view_generator
 from otcxr.errors import DataError
@@ -48,8 +48,7 @@ def write_pairs(
     """Write ``pairs/NNN.npz`` for every probe: views, geometry, validity, boxes, and the method's ``Match``.
 
     Arrays: view_s, view_t (H, W) float16; geometry (2, 2, 3); first_centre of the encoder; valid_s (h, w), valid_t
-    (h', w') of tokens; true (n,), the true cell of each token in the other view, -1 where that does not show it; cost,
-    plan (n, m); a (n,), b (m,); attention (heads, n, m) if any; boxes (k, 4) x, y, width,
+    (h', w') of tokens; cost, plan (n, m); a (n,), b (m,); attention (heads, n, m) if any; boxes (k, 4) x, y, width,
     height in [0, 1] of the image; findings (k,); name. A method that pairs nothing writes nothing.
     """
     training, dtype = method.training, next(method.parameters()).dtype
@@ -73,22 +72,12 @@ def write_pairs(
         grids = [(-(-int(v.shape[-2]) // stride), -(-int(v.shape[-1]) // stride)) for v in batch.views[:2]]
         height, width = radiograph.image.shape[-2:]
         present = [token_valid(valid, *grid) for valid, grid in zip(batch.valid[:2], grids, strict=True)]
-        true = correspondence(
-            batch.geometry[0],
-            batch.geometry[1],
-            present[0],
-            present[1],
-            grids[0],
-            grids[1],
-            method.encoder.first_centre,
-        )
         arrays: dict[str, Any] = {
             "view_s": batch.views[0][0, 0].numpy().astype(np.float16),
             "view_t": batch.views[1][0, 0].numpy().astype(np.float16),
             "geometry": batch.geometry[:2, 0].numpy(),
             "valid_s": present[0].view(grids[0]).numpy(),
             "valid_t": present[1].view(grids[1]).numpy(),
-            "true": torch.where(true.known, true.cell, -1)[0].numpy(),
             "first_centre": np.array(method.encoder.first_centre),
             "cost": match.cost[0].float().cpu().numpy(),
             "plan": match.plan[0].float().cpu().numpy(),

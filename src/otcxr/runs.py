@@ -132,6 +132,11 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    @property
+    def features(self) -> Path:
+        """Folder in which features of the encoder are kept, for all who judge it."""
+        return self.path / "evaluation" / "features"
+
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """Open a run that exists.

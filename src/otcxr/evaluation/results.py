@@ -51,7 +51,7 @@ def evaluate_run(
     """
     encoder, collection, config = _open(run, source, splits, config or EvaluateConfig(), progress)
     evaluation = evaluate(
-        task, encoder, collection, splits, config, val=val, cache=run.path / "evaluation" / "features",
+        task, encoder, collection, splits, config, val=val, cache=run.features,
         progress=progress,
     )  # fmt: skip
     evaluation.result["pretraining"] = _pretraining(run)
@@ -77,7 +77,7 @@ def localize_run(
     encoder, collection, config = _open(run, source, splits, config or EvaluateConfig(), progress)
     result = localize(
         encoder, collection, splits, config, head=head, kinds=kinds, val=val,
-        cache=run.path / "evaluation" / "features", progress=progress,
+        cache=run.features, progress=progress,
     )  # fmt: skip
     result["pretraining"] = _pretraining(run)
     run.write_json(f"evaluation/localize-{head}.json", result)

@@ -248,8 +248,12 @@ class _Source:
         self.regions, self.masks, self.pixels, self.device = material.findings, masks, material.pixels, device
 
     def truth(self, part: Part, rows: list[int]) -> NDArray[np.bool_]:
-        """(B, R, S, S)."""
-        return np.stack([np.stack([self.masks(part.records[i], name) for name in self.regions]) for i in rows])
+        """(B, R, S, S); empty where the label does not say that the region is there: the mask may be unreadable."""
+        out = np.zeros((len(rows), len(self.regions), self.masks.size, self.masks.size), dtype=np.bool_)
+        for i, row in enumerate(rows):
+            for r in np.flatnonzero(part.labels[row] == 1).tolist():
+                out[i, r] = self.masks(part.records[row], self.regions[r])
+        return out
 
     def shares(self, part: Part) -> NDArray[np.float64]:
         """(R,) which share of the pixels each region covers, over the images where it is known; 0 without any."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import sys
 import typing
-from pathlib import Path
 
+from otcxr.config import import_named
 from otcxr.errors import ConfigError, did_you_mean
 from otcxr.methods.barlow import Barlow, BarlowSettings
 from otcxr.methods.base import Match, Method, Observed, SSLMethod, StepOutput
@@ -60,19 +58,8 @@ def find_method(name: str) -> Method:
             raise ConfigError(f"unknown method '{name}'{did_you_mean(name, METHODS)}; a method from outside is given "
                               "as package.module:Class")  # fmt: skip
         return METHODS[name]
+    given = import_named(name, "method")
     module, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in module.split(".")):
-        raise ConfigError(f"method '{name}': give a method from outside as package.module:Class")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # a module that this one needs
-        raise ConfigError(f"method '{name}': there is no module '{error.name}'; install it, or start from the folder "
-                          "that holds it") from error  # fmt: skip
-    given = getattr(found, attribute, None)
     if isinstance(given, Method):
         return given
     if not (isinstance(given, type) and issubclass(given, SSLMethod)):

@@ -121,7 +121,7 @@ def run_unit(
         return
     assert encoder is not None
     how = protocol_config(study.evaluate)
-    cache = None if config is None else run_folder(study, unit, config, runs) / "evaluation" / "features"
+    cache = None if config is None else Run(run_folder(study, unit, config, runs)).features
     features = Features(encoder.to(device_of(study.evaluate.accelerator)), material, how, cache, progress, unit.name)
     for task in tasks:
         begun = time.perf_counter()

@@ -31,7 +31,7 @@ from otcxr.evaluation.tasks import protocol_config
 from otcxr.evaluation.truth import Truth
 from otcxr.nn.encoder import Encoder, load_encoder
 from otcxr.overlay import FOUND, TRUE, frames, overlay
-from otcxr.runs import write_atomic
+from otcxr.runs import Run, write_atomic
 from otcxr.study.cells import Views, chosen_point, read_cell, run_folder, unpack, untrained
 from otcxr.study.spec import IMAGENET, RANDOM, Study, Unit
 from otcxr.study.tasks import ENCODER_TASKS
@@ -133,8 +133,8 @@ def make_gallery(study: Study, out: Path, runs: Path, progress: Progress, *, eac
     scores: dict[str, NDArray[np.float64]] = {}
     with progress.bar("gallery", len(cells), "methods") as bar:
         for done, name in enumerate(cells):
-            encoder = _encoder(study, Unit(name, seed), out, runs, views(""))
-            maps[name], scores[name] = _maps(study, encoder, material, chosen, float(share), progress)
+            encoder, cache = _encoder(study, Unit(name, seed), out, runs, views(""))
+            maps[name], scores[name] = _maps(study, encoder, cache, material, chosen, float(share), progress)
             bar(done + 1)
     entries = [_entry(study, material, one, k, maps, scores) for k, one in enumerate(chosen)]
     counts = {group: int((shown & found).sum()) for group, found in groups_of(hits, study.reference).items()}
@@ -147,25 +147,32 @@ def make_gallery(study: Study, out: Path, runs: Path, progress: Progress, *, eac
     return result
 
 
-def _encoder(study: Study, unit: Unit, out: Path, runs: Path, whole: Material) -> Encoder:
+def _encoder(study: Study, unit: Unit, out: Path, runs: Path, whole: Material) -> tuple[Encoder, Path | None]:
+    """The encoder of a unit, and the folder in which judging it left features."""
     config = study.config(unit, chosen_point(study, out, unit.row))
     if config is None:
-        return untrained(study, unit, whole)
+        return untrained(study, unit, whole), None
     folder = run_folder(study, unit, config, runs)
     if not (folder / "encoder.safetensors").is_file():
         raise DataError(f"the training of {unit.name} is not in {runs} any more; run the study again with --runs "
                         f"{runs}, or say where its trainings are")  # fmt: skip
-    return load_encoder(folder)
+    return load_encoder(folder), Run(folder).features
 
 
 def _maps(
-    study: Study, encoder: Encoder, material: Material, chosen: Sequence[Chosen], share: float, progress: Progress
+    study: Study,
+    encoder: Encoder,
+    cache: Path | None,
+    material: Material,
+    chosen: Sequence[Chosen],
+    share: float,
+    progress: Progress,
 ) -> tuple[list[NDArray[np.float64]], NDArray[np.float64]]:
     """Heat maps of the chosen images, and logits (N, F) of all test images."""
     assert material.classes is not None
     how = protocol_config(study.evaluate)
     encoder = encoder.to(device_of(study.evaluate.accelerator))
-    features = Features(encoder, material, how, None, progress, "gallery")
+    features = Features(encoder, material, how, cache, progress, "gallery")
     given = draw_labels(material, share, study.evaluate.seed + study.seeds[0])
     scored = ENCODER_TASKS["linear"].score(features, material.classes, given, how, progress)
     assert scored.model is not None
