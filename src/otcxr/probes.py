@@ -69,15 +69,14 @@ def write_pairs(
         if match is None:
             break
         stride = method.encoder.strides[-1]
-        grids = [(-(-int(v.shape[-2]) // stride), -(-int(v.shape[-1]) // stride)) for v in batch.views[:2]]
+        grids = [tuple(-(-side // stride) for side in view.shape[-2:]) for view in batch.views[:2]]
         height, width = radiograph.image.shape[-2:]
-        present = [token_valid(valid, *grid) for valid, grid in zip(batch.valid[:2], grids, strict=True)]
         arrays: dict[str, Any] = {
             "view_s": batch.views[0][0, 0].numpy().astype(np.float16),
             "view_t": batch.views[1][0, 0].numpy().astype(np.float16),
             "geometry": batch.geometry[:2, 0].numpy(),
-            "valid_s": present[0].view(grids[0]).numpy(),
-            "valid_t": present[1].view(grids[1]).numpy(),
+            "valid_s": token_valid(batch.valid[0], *grids[0]).view(grids[0]).numpy(),
+            "valid_t": token_valid(batch.valid[1], *grids[1]).view(grids[1]).numpy(),
             "first_centre": np.array(method.encoder.first_centre),
             "cost": match.cost[0].float().cpu().numpy(),
             "plan": match.plan[0].float().cpu().numpy(),

@@ -24,7 +24,7 @@ from otcxr.console import Progress
 from otcxr.data.dataset import PixelCache, check_records
 from otcxr.data.records import Collection, Record, Skipped
 from otcxr.errors import ConfigError, DataError
-from otcxr.evaluation.truth import Masks
+from otcxr.evaluation.truth import Masks, Truth
 
 __all__ = ["LabelDraw", "Material", "Part", "draw_labels", "gather", "nested_order", "part_of", "write_draw"]
 
@@ -91,6 +91,13 @@ class Material(NamedTuple):
     pixels: PixelCache
     masks: Masks | None = None
     classes: Material | None = None
+
+    def truth(self, record: Record, finding: int) -> Truth:
+        """Where a finding is, of an image whose label says that something tells; for tasks judged on regions."""
+        assert self.masks is not None
+        found = self.masks.truth(record, self.findings[finding], self.pixels)
+        assert found is not None
+        return found
 
 
 class LabelDraw(NamedTuple):

@@ -24,7 +24,7 @@ Means over images have percentile intervals over resampled patients; differences
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from otcxr.data.images import fit_square
 from otcxr.data.records import Collection
 from otcxr.errors import ConfigError, DataError, did_you_mean
 from otcxr.evaluation.features import calibrate_norms
-from otcxr.evaluation.labelled import LabelDraw, Material, draw_labels
+from otcxr.evaluation.labelled import LabelDraw, Material, Part, draw_labels
 from otcxr.evaluation.overlap import (
     Frame,
     box_overlap,
@@ -52,9 +52,10 @@ from otcxr.evaluation.overlap import (
 )
 from otcxr.evaluation.protocols import Features, ProtocolConfig, Scored, device_of
 from otcxr.evaluation.ratios import mean_of_ratios, ratio
+from otcxr.evaluation.regions import placed
 from otcxr.evaluation.resampling import patient_weights
 from otcxr.evaluation.tasks import TASKS, EvaluateConfig, prepare, protocol_config, random_twin
-from otcxr.evaluation.truth import Masks, Truth, located
+from otcxr.evaluation.truth import Truth
 from otcxr.nn.encoder import Encoder, encoder_digest
 from otcxr.runs import describe_environment
 
@@ -116,68 +117,54 @@ def localize(
             raise ConfigError(f"eval.{name} has no effect on localisation, which takes all labels and one training; "
                               "leave it out")  # fmt: skip
     progress = progress or SilentProgress()
-    material = prepare(collection, splits, config, val, progress)
+    whole = prepare(collection, splits, config, val, progress)
+    material = placed(whole, config.size, (), progress)
     part = next(iter(material.tests.values()))
-    truths = located(part.records, material.findings, config.size, material.pixels, progress, "regions of test images")
-    if not any(truth for row in truths for truth in row):
-        raise DataError(f"no image of split '{splits[1]}' of {collection.name} has a box or mask of a finding; "
-                        "localisation needs some (NIH: BBox_List_2017.csv beside the label table)")  # fmt: skip
     device = device_of(config.accelerator)
     how = protocol_config(config)
-    draw = draw_labels(material, 1.0, config.seed)
+    draw = draw_labels(whole, 1.0, config.seed)
     models = {}
     twin = random_twin(encoder, config.seed).to(device)
     with progress.bar("random network", len(material.fit.records), "images") as bar:
         calibrate_norms(twin, material.fit.records, config.size, config.batch_size, material.pixels, bar)
     fitted = np.ones(len(material.findings), dtype=bool)
     for name, network in (("encoder", encoder.to(device)), ("random", twin)):
-        scored = TASKS[head].score(
-            Features(network, material, how, cache, progress, name), material, draw, how, progress
-        )
+        scored = TASKS[head].score(Features(network, whole, how, cache, progress, name), whole, draw, how, progress)
         assert scored.model is not None
         models[name] = scored.model.to(device).eval()
         fitted &= scored.fitted
     if head == "finetune":
         plain = TASKS["linear"].score(
-            Features(twin, material, how, cache, progress, "randomised"), material, draw, how, progress
+            Features(twin, whole, how, cache, progress, "randomised"), whole, draw, how, progress
         )
         assert plain.model is not None
         models["randomised"] = plain.model.to(device).eval()
-    lungs = Masks(config.size)
-    means, source = _averages(material, truths, config.size, progress)
+    means, source = _averages(material, part)
+    judged = (part.labels == 1) & fitted & np.isin(np.arange(len(material.findings)), list(means))
+    if not judged.any():
+        raise DataError("the findings that have boxes or masks in the test split have too few labels to be fitted")
+    share = np.full(judged.shape, np.nan)
+    for row, f in np.argwhere(judged).tolist():
+        share[row, f] = material.truth(part.records[row], f).share
+    middle = _centre(config.size)
+    unlearned = {
+        "centre": _measured(lambda _row, _f: (middle, None), material, part, judged, "centre", progress),
+        "average": _measured(
+            lambda row, f: means[f](str(part.patients[row])), material, part, judged, "average", progress
+        ),
+    }
     maps = {}
-    unlearned: dict[str, FloatArray] = {}  # of centre and average: the same beside every kind
     for kind in kinds:
-        values: dict[str, FloatArray] = {}
-        with progress.bar(f"{kind}, {head}", len(part.records), "images") as bar:
-            for row, record in enumerate(part.records):
-                for f in np.flatnonzero(fitted).tolist():
-                    truth = truths[row][f]
-                    if truth is None or f not in means:
-                        continue
-                    image = fit_square(material.pixels.get(record.image).image, config.size)[None].to(device)
-                    found: dict[str, tuple[FloatArray, Frame | None]] = {
-                        name: (_map_of(model, image, f, kind), None) for name, model in models.items()
-                    }
-                    if not unlearned:
-                        found["centre"] = _centre(config.size), None
-                        found["average"] = means[f](str(part.patients[row]))
-                    beside = lungs(record, "lungs")
-                    for name, (heat, box) in found.items():
-                        store = values.setdefault(
-                            name, np.full((len(part.records), len(material.findings), len(MEASURES)), np.nan)
-                        )
-                        store[row, f] = judge_map(heat, truth, box, beside)
-                bar(row + 1)
-        if not values:
-            raise DataError("the findings that have boxes or masks in the test split have too few labels to be fitted")
-        unlearned = unlearned or {name: values[name] for name in ("centre", "average")}
-        maps[kind] = _tables({**values, **unlearned}, truths, part.patients, material.findings, config)
+        learned = {
+            name: _measured(_shown(model, material, part, kind), material, part, judged, f"{kind}, {name}", progress)
+            for name, model in models.items()
+        }
+        maps[kind] = _tables({**learned, **unlearned}, share, part.patients, material.findings, config)
     return {
         "task": f"localize-{head}", "head": head, "encoder_digest": encoder_digest(encoder),
         "collection": collection.name,
         "splits": {role: p.summary(material.findings)
-                   for role, p in (("fit", material.fit), ("val", material.val), ("test", part))},
+                   for role, p in (("fit", whole.fit), ("val", whole.val), ("test", whole.tests[splits[1]]))},
         "average_from": {material.findings[f]: where for f, where in source.items()},
         "maps": maps, "settings": to_plain(config), "environment": describe_environment(),
     }  # fmt: skip
@@ -193,28 +180,49 @@ def localized(
         features, draw, config, progress: As of the protocols.
         material: Of ``regions.placed``.
     """
-    assert material.masks is not None
     assert material.classes is not None
     scored = TASKS[head].score(features, material.classes, draw, config, progress)
     assert scored.model is not None
     model = scored.model.to(next(features.encoder.parameters()).device).eval()
     tests = {}
     for name, part in material.tests.items():
-        values = np.full((len(MEASURES), *part.labels.shape), np.nan)
         judged = (part.labels == 1) & scored.fitted
-        with progress.bar(f"heat maps, {head}", len(part.records), "images") as bar:
-            for row, record in enumerate(part.records):
-                for f in np.flatnonzero(judged[row]).tolist():
-                    truth = material.masks.truth(record, material.findings[f], material.pixels)
-                    assert truth is not None
-                    image = fit_square(material.pixels.get(record.image).image, config.size)[None]
-                    heat = _map_of(model, image.to(model.probe.weight.device), f, "grad-cam")
-                    values[:, row, f] = judge_map(heat, truth, None, material.masks(record, "lungs"))
-                bar(row + 1)
+        shown = _shown(model, material, part, "grad-cam")
+        values = _measured(shown, material, part, judged, f"heat maps, {head}", progress)
         # a measure that some judged image does not have (no mask of the lungs) is none of this collection
-        there = [k for k in range(len(MEASURES)) if not np.isnan(values[k][judged]).any()]
-        tests[name] = {MEASURES[k]: np.nan_to_num(values[k]) for k in there}
+        there = [k for k in range(len(MEASURES)) if not np.isnan(values[judged, k]).any()]
+        tests[name] = {MEASURES[k]: np.nan_to_num(values[:, :, k]) for k in there}
     return Scored(None, tests, scored.fitted, facts=scored.facts, missing=scored.missing)
+
+
+def _shown(
+    model: ProbedEncoder, material: Material, part: Part, kind: str
+) -> Callable[[int, int], tuple[FloatArray, Frame | None]]:
+    """The heat map of a classifier for a row of a part and a finding; its box is that of the map."""
+
+    def shown(row: int, finding: int) -> tuple[FloatArray, Frame | None]:
+        assert material.masks is not None
+        image = fit_square(material.pixels.get(part.records[row].image).image, material.masks.size)[None]
+        return _map_of(model, image.to(model.probe.weight.device), finding, kind), None
+
+    return shown
+
+
+def _measured(
+    shown: Callable[[int, int], tuple[FloatArray, Frame | None]], material: Material, part: Part,
+    judged: NDArray[np.bool_], title: str, progress: Progress,
+) -> FloatArray:  # fmt: skip
+    """All measures (N, F, M) of the maps that ``shown`` gives for a row and a finding; NaN where none is judged."""
+    assert material.masks is not None
+    values = np.full((*judged.shape, len(MEASURES)), np.nan)
+    with progress.bar(title[:28], len(part.records), "images") as bar:
+        for row, record in enumerate(part.records):
+            for f in np.flatnonzero(judged[row]).tolist():
+                heat, box = shown(row, f)
+                lungs = material.masks(record, "lungs")
+                values[row, f] = judge_map(heat, material.truth(record, f), box, lungs)
+            bar(row + 1)
+    return values
 
 
 def judge_map(
@@ -262,29 +270,25 @@ class _Average:
         return self.masks[kept].mean(0, dtype=np.float64), Frame(*boxes.mean(0).tolist())
 
 
-def _averages(
-    material: Material, truths: Sequence[Sequence[Truth | None]], size: int, progress: Progress
-) -> tuple[dict[int, _Average], dict[int, str]]:
+def _averages(material: Material, test: Part) -> tuple[dict[int, _Average], dict[int, str]]:
     """The average of every finding that the test images show, and what it is of."""
     out: dict[int, _Average] = {}
     source: dict[int, str] = {}
-    test = next(iter(material.tests.values()))
     for f, finding in enumerate(material.findings):
-        rows = [row for row, found in enumerate(truths) if found[f] is not None]
+        rows = np.flatnonzero(test.labels[:, f] == 1).tolist()
         if not rows:
             continue
         known = [
             r
             for r in material.fit.records
             if r.labels.get(finding) == 1 and (finding in r.masks or any(b.finding == finding for b in r.boxes))
-        ]
-        found = [
-            row[0] for row in located(known[:_MOST], [finding], size, material.pixels, progress, f"average {finding}")
-        ]
-        kept = [(truth, record.patient) for truth, record in zip(found, known, strict=False) if truth is not None]
+        ][:_MOST]
+        assert material.masks is not None
+        found = [(material.masks.truth(r, finding, material.pixels), r.patient) for r in known]
+        kept = [(truth, patient) for truth, patient in found if truth is not None]
         where = f"{len(kept)} images that were fitted on"
         if not kept:
-            kept = [(truth, str(test.patients[row])) for row in rows if (truth := truths[row][f]) is not None]
+            kept = [(material.truth(test.records[row], f), str(test.patients[row])) for row in rows]
             where = "the other test patients"
         if len({patient for _, patient in kept}) > 1:  # one patient's mean cannot leave that patient out
             out[f] = _Average([truth for truth, _ in kept], [patient for _, patient in kept])
@@ -293,13 +297,12 @@ def _averages(
 
 
 def _tables(
-    values: Mapping[str, FloatArray], truths: Sequence[Sequence[Truth | None]], patients: NDArray[np.str_],
+    values: Mapping[str, FloatArray], share: FloatArray, patients: NDArray[np.str_],
     findings: Sequence[str], config: EvaluateConfig,
 ) -> dict[str, Any]:  # fmt: skip
     weights = patient_weights(patients.tolist(), config.resamples, config.seed).astype(np.float64)
     own = values["encoder"]
     shown = ~np.isnan(own[:, :, 0])
-    share = np.array([[truth.share if truth is not None else np.nan for truth in row] for row in truths])
 
     def mean(table: FloatArray, among: NDArray[np.bool_]) -> tuple[dict[str, Any], FloatArray]:
         there = among & ~np.isnan(table)

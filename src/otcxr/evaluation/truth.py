@@ -7,21 +7,19 @@ of a pixel shows, or its fullest pixel where that is nowhere so: a small lesion 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from otcxr.console import Progress
 from otcxr.data.dataset import PixelCache
 from otcxr.data.images import box_in_square, fit_square
 from otcxr.data.masks import read_mask
 from otcxr.data.records import ImageRef, Record
 from otcxr.evaluation.overlap import Frame, region_boxes
 
-__all__ = ["Masks", "Truth", "located", "mask_in_square", "read_truth"]
+__all__ = ["Masks", "Truth", "mask_in_square", "read_truth"]
 
 
 class Truth(NamedTuple):
@@ -116,27 +114,6 @@ def read_truth(record: Record, name: str, size: int, pixels: PixelCache) -> Trut
     if mask is None or not mask.any():
         return None
     return Truth(size, np.packbits(mask), boxes or tuple(region_boxes(mask)))
-
-
-def located(
-    records: Sequence[Record], names: Sequence[str], size: int, pixels: PixelCache, progress: Progress, title: str
-) -> list[list[Truth | None]]:
-    """The regions of images, (N, F); looked for only where the finding is not known to be absent.
-
-    Raises: DataError: an image or mask cannot be read.
-    """
-    out: list[list[Truth | None]] = []
-    with progress.bar(title, len(records), "images") as bar:
-        for done, record in enumerate(records):
-            asked = [record.labels.get(name, 1) == 1 for name in names]
-            out.append(
-                [
-                    read_truth(record, name, size, pixels) if ask else None
-                    for name, ask in zip(names, asked, strict=True)
-                ]
-            )
-            bar(done + 1)
-    return out
 
 
 def _covered(box: Frame, size: int) -> NDArray[np.bool_]:

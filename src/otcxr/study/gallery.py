@@ -192,8 +192,7 @@ def _entry(
 ) -> dict[str, Any]:  # fmt: skip
     assert material.masks is not None
     record, finding = material.tests[study.test].records[one.row], material.findings[one.finding]
-    truth = material.masks.truth(record, finding, material.pixels)
-    assert truth is not None
+    truth = material.truth(record, one.finding)
     image = fit_square(material.pixels.get(record.image).image, material.masks.size)[0].numpy()
     top = max(float(own[k].max()) for own in maps.values())
     methods = {}
