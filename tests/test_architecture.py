@@ -145,7 +145,14 @@ MAY_IMPORT = {
     "preview": "data runs console errors",
     "cards": "runs errors version",
     "charts": "",
-    "report": "charts explorer runs config errors version",
+    # pages from files, never from models
+    "report": "report",
+    "report.words": "",
+    "report.pages": "report version",
+    "report.rows": "report",
+    "report.evaluation": "report charts runs config",
+    "report.run": "report charts explorer runs config errors version",
+    "report.study": "report charts runs config",
     # the front
     "": "version",
     "__main__": "cli",
@@ -157,8 +164,13 @@ MAY_IMPORT = {
     "study.gallery": STUDY,
     "study.results": STUDY,
     "study.tasks": STUDY,
-    "commands": "study train reproduce matching distributed methods evaluation attribution explain heatmaps preview "
-    "report cards demo data runs config console errors",
+    "commands": "commands",
+    "commands.terminal": "commands evaluation report config console errors",
+    "commands.judging": "commands attribution evaluation matching data report runs config console errors",
+    "commands.showing": "commands explain heatmaps report cards runs config console errors",
+    "commands.sources": "commands methods preview data runs config console errors",
+    "commands.studies": "commands study config console errors",
+    "commands.training": "commands train reproduce distributed methods demo data runs config console errors",
     "demo": "train evaluation explain report data runs config console errors",
 }
 NEVER_A_METHOD = (

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from otcxr import report as reporting
 from otcxr.data.dataset import DataConfig
 from otcxr.data.views import ViewsConfig
 from otcxr.explorer import explorer_data, true_cells
 from otcxr.ot import sinkhorn
+from otcxr.report import run as reporting
 from otcxr.report import write_explorer_page, write_report
 from otcxr.runs import Run
 from otcxr.train import EncoderConfig, PretrainConfig, TrainConfig, pretrain

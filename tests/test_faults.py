@@ -84,7 +84,7 @@ def once(step, do):
 def command_line(monkeypatch, config, tmp_path, do=None):
     """Exit code of the command in this process, and what it said; ``do`` is called after every step."""
     progress = At(do)
-    monkeypatch.setattr("otcxr.commands.RichProgress", lambda: progress)
+    monkeypatch.setattr("otcxr.commands.training.RichProgress", lambda: progress)
     monkeypatch.setattr("logging.basicConfig", lambda **how: None)
     file = tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump(config_to_plain(config)))

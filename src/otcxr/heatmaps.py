@@ -316,12 +316,14 @@ def draw_heat_maps(
 
 
 def show_radiograph(axes: Axes, image: NDArray[np.float32], title: str) -> None:
+    """Show an image (S, S) in [0, 1] in grey, over the unit square, with a title that may hold any sign."""
     axes.imshow(image, cmap="gray", vmin=0, vmax=1, extent=(0, 1, 1, 0), interpolation="bilinear")
     axes.set_title(title, fontsize=8, parse_math=False)  # the name of a file may hold any sign
     axes.axis("off")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure of matplotlib as PNG, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)

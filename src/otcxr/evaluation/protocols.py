@@ -109,14 +109,17 @@ class Features:
 
     @cached_property
     def fit(self) -> NDArray[np.float32]:
+        """(N, C) of the images to fit on."""
         return self._of(self._parts[0])
 
     @cached_property
     def val(self) -> NDArray[np.float32]:
+        """(V, C) of the images to validate on."""
         return self._of(self._parts[1])
 
     @cached_property
     def tests(self) -> dict[str, NDArray[np.float32]]:
+        """(N, C) of every set of test images."""
         return {name: self._of(part) for name, part in self._parts[2].items()}
 
 

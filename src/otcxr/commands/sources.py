@@ -1,0 +1,106 @@
+"""Verbs that look at a source: data inspect, data preview."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from otcxr.commands.terminal import parsed, to_log, whole_method
+from otcxr.config import add_settings, make_parser, parse, peek
+from otcxr.console import RichProgress
+from otcxr.errors import ConfigError, DataError
+
+__all__ = ["data_inspect", "data_preview"]
+
+
+def data_inspect(words: Sequence[str]) -> int:
+    """otcxr data inspect SOURCE."""
+    from otcxr.data.dataset import PixelCache, check_records, write_skipped
+    from otcxr.data.sources import open_collection
+
+    parser = make_parser("data inspect", "Count what a source holds, read every image once, list what cannot be used.")
+    parser.add_argument("source", type=str, help="READER:ARGUMENT, such as nih:PATH")
+    parser.add_argument("--skipped", type=str, default="", help="write the list of skipped images to this CSV file")
+    plain = parsed(parser, words)
+    to_log()
+    progress = RichProgress()
+    collection = open_collection(plain["source"])
+    with progress.bar("reading images", len(collection.records), "images") as bar:
+        usable, skipped, _ = check_records(collection, PixelCache(0.0), 1.0, bar)
+    records = [collection.records[index] for index in usable]
+
+    def count(title: str, values: list[Any]) -> None:
+        counted = collections.Counter("unknown" if v is None or v == "" else str(v) for v in values)
+        progress.say(f"{title:<10} " + ", ".join(f"{k} {n}" for k, n in sorted(counted.items())))
+
+    # a folder without a table gives every image its own name as patient and study: that is not knowledge
+    stated = any(r.patient != r.study for r in records)
+    people = f"{len({r.patient for r in records})} patients, {len({r.study for r in records})} studies"
+    progress.say(f"{collection.name}: {len(usable)} usable images, {people if stated else 'patients not stated'}, "
+                 f"{len(skipped)} skipped")  # fmt: skip
+    for note in collection.notes:
+        progress.say(f"note: {note}")
+    for split in sorted({r.split for r in records} - {""}):
+        try:
+            collection.split(split)
+        except DataError as error:
+            progress.say(f"warning: {error}")
+    count("split", [r.split for r in records])
+    count("view", [r.view for r in records])
+    count("sex", [r.sex for r in records])
+    ages = sorted(r.age for r in records if r.age is not None)
+    if ages:
+        progress.say(f"{'age':<10} {ages[0]:.0f} to {ages[-1]:.0f}, median {ages[len(ages) // 2]:.0f}, "
+                     f"unknown {len(records) - len(ages)}")  # fmt: skip
+    for finding in collection.findings:
+        known = [r.labels[finding] for r in records if finding in r.labels]
+        boxes = sum(b.finding == finding for r in records for b in r.boxes)
+        progress.say(f"  {finding:<20} {sum(known):>7} of {len(known)} images" + (f", {boxes} boxes" if boxes else ""))
+    for item in skipped[:5]:
+        progress.say(f"skipped {item.image}: {item.reason}")
+    if len(skipped) > 5 and not plain["skipped"]:
+        progress.say(f"... and {len(skipped) - 5} more; --skipped FILE writes them all")
+    if plain["skipped"]:
+        write_skipped(Path(plain["skipped"]), skipped)
+        progress.say(f"all skipped images: {plain['skipped']}")
+    return 0
+
+
+def data_preview(words: Sequence[str]) -> int:
+    """otcxr data preview SOURCE, or --config of a training."""
+    from otcxr.config import from_files, read_settings
+    from otcxr.data.view_spec import ViewsConfig
+    from otcxr.methods import METHODS, find_method
+    from otcxr.preview import preview_views
+
+    words = whole_method(words)
+    files = from_files(words)
+    name = peek(words, "method.name", "otcxr")
+    shown = {**find_method(name).views, **{k[6:]: v for k, v in files.items() if k.startswith("views.")}}
+    parser = make_parser("data preview", "Draw the views that training would make of a source's first radiographs.")
+    parser.add_argument("source", type=str, nargs="?", default=files.get("data.source", ""),
+                        help="READER:ARGUMENT, such as nih:PATH (default: data.source of --config)")  # fmt: skip
+    parser.add_argument("--config", type=str, help="YAML file of a training, or the config.yaml of a run; its views, "
+                        "method, seed and source are taken, later options override them")  # fmt: skip
+    parser.add_argument("--method.name", type=str, default=name,
+                        help=f"whose default views are taken: {', '.join(METHODS)}; also --method")  # fmt: skip
+    parser.add_argument("--out", type=str, default="preview.png", help="a .png file, or a folder for preview.png")
+    parser.add_argument("--images", type=int, default=4, help="how many radiographs")
+    parser.add_argument("--split", type=str, default=files.get("data.split", "train"),
+                        help="split to look at, if the source has splits")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=files.get("seed", 0),
+                        help="of the run: the same views as in its first epoch")  # fmt: skip
+    add_settings(parser, "views", read_settings(ViewsConfig, shown))
+    plain = parse(parser, words, whole_files=False).as_dict()
+    if not plain["source"]:
+        raise ConfigError("nothing to look at; name a source, such as nih:PATH, or a --config that has data.source")
+    progress = RichProgress()
+    path = preview_views(
+        plain["source"], plain["out"], read_settings(ViewsConfig, plain["views"]), images=plain["images"],
+        seed=plain["seed"], split=plain["split"], title=f"{plain['source']}, {name}, seed {plain['seed']}",
+        progress=progress,
+    )  # fmt: skip
+    progress.say(f"written: {path}")
+    return 0
