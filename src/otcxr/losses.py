@@ -27,6 +27,7 @@ __all__ = [
     "variance",
     "variance_at_positions",
     "variance_within",
+    "weighted_sum",
 ]
 
 _EPSILON = 1e-4  # inside the square root: keeps the gradient of a standard deviation finite at 0 (VICReg)
@@ -248,3 +249,10 @@ def masked_mean(tokens: Tensor, valid: Tensor) -> Tensor:
         x = _wide(tokens)
         weight = valid.unsqueeze(-1).to(x.dtype)
         return ((x * weight).sum(1) / weight.sum(1).clamp_min(1)).to(tokens.dtype)
+
+
+def weighted_sum(tokens: Tensor, mass: Tensor) -> Tensor:
+    """sum_i mass_i tokens_i of each image: (B, n, d), (B, n) -> (B, d), in the type of the tokens."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        x = _wide(tokens)
+        return torch.einsum("bn,bnd->bd", mass.to(x.dtype), x).to(tokens.dtype)

@@ -26,7 +26,8 @@ With local views (multi-crop) L is the mean over the pairs (s, t), (s, l) and (t
 problems are rectangular. The health panel and ``match`` show the pair (s, t).
 
 v and c are VICReg's variance and covariance terms on the unnormalised q; which rows they see is ``variance_rows``.
-g is a projection of the mean of z over valid tokens. Padding and rotation corners get no mass, are no keys and no rows.
+g is a projection of the mean of z over valid tokens, or with ``global_pool = "mass"`` of sum_i mu_i z_i, which trains
+the masses to gather what tells images apart and both views agree on. Padding and rotation corners get no mass, are no keys and no rows.
 
 Source: Gorade, Singh, Mishra, WACV 2025, arXiv:2404.11868. The source states the forward pass, the cosine discrepancy,
 masses from cross-view attention, <P, C> and the form of the loss without the last line. Ours: the sign of the cost (a
@@ -55,6 +56,7 @@ from otcxr.losses import (
     variance,
     variance_at_positions,
     variance_within,
+    weighted_sum,
 )
 from otcxr.methods.base import (
     Match,
@@ -115,6 +117,8 @@ class OTCXRSettings:
             projection of the pooled tokens. 0 leaves it out.
         global_hidden: Hidden width of the projector of pooled tokens.
         global_outputs: Dimensions of their projection; wide, as in VICReg.
+        global_pool: How the tokens of the global term are pooled: "uniform", or "mass", by the masses. With "mass" the
+            global term trains them, whatever ``mass_gradient`` says of the transport term.
         variance_rows: What counts as a row of v: "pooled" (one per image), "tokens" (all), "position" (over the batch
             at each cell), "within-image" (over the tokens of each image); any combination.
         within_target: Standard deviation that "within-image" asks for; the other rows ask for 1.
@@ -143,6 +147,7 @@ class OTCXRSettings:
     global_weight: float = 2.0
     global_hidden: int = 1024
     global_outputs: int = 1024
+    global_pool: str = "uniform"
     variance_rows: tuple[str, ...] = ("within-image", "position")
     within_target: float = 1.0
 
@@ -154,9 +159,12 @@ class OTCXRSettings:
         unknown = [rows for rows in self.variance_rows if rows not in _ROWS]
         if unknown:
             raise ConfigError(f"method.variance_rows may hold {', '.join(_ROWS)}; received '{unknown[0]}'")
-        if not self.mass_gradient and self.mass == "score":
+        if self.global_pool not in ("uniform", "mass"):
+            raise ConfigError(f"method.global_pool must be 'uniform' or 'mass', received '{self.global_pool}'")
+        if self.mass == "score" and not self.trains_masses:
             raise ConfigError(
-                "method.mass = score needs method.mass_gradient = true: a score head without gradient never learns"
+                "method.mass = score needs method.mass_gradient = true, or method.global_pool = mass with a "
+                "method.global_weight above 0: a score head without gradient never learns"
             )
         if not 0 <= self.floor < 1 or not 0 < self.mass_area <= 1:
             raise ConfigError(f"method.floor must be in [0, 1) and method.mass_area in (0, 1], received {self.floor} "
@@ -170,6 +178,12 @@ class OTCXRSettings:
             raise ConfigError(f"method.objective must be 'value' or 'sharp', received '{self.objective}'")
         if self.reach is not None and not self.reach > 0:
             raise ConfigError(f"method.reach must be > 0, or null for exact marginals; received {self.reach}")
+
+    @property
+    def trains_masses(self) -> bool:
+        """Whether any term of the loss has a gradient in the masses."""
+        pooled = self.global_pool == "mass" and self.global_weight > 0
+        return self.mass != "uniform" and (self.mass_gradient or pooled)
 
 
 class _Pair(NamedTuple):
@@ -196,7 +210,7 @@ class OTCXR(SSLMethod):
         self.projector = TokenProjector(dim, settings.hidden, settings.outputs)
         needs_cross_view = settings.infuse or settings.mass != "uniform"
         self.cross_view = CrossViewAttention(dim, settings.heads) if needs_cross_view else None
-        if self.cross_view is not None and not settings.infuse and not settings.mass_gradient:
+        if self.cross_view is not None and not settings.infuse and not settings.trains_masses:
             self.cross_view.requires_grad_(False)  # nothing would train it: then it is a fixed random attention
         if self.cross_view is not None and not settings.infuse and settings.mass == "attention":
             self.cross_view.out.requires_grad_(False)  # R is not used, and DDP waits for every trainable parameter
@@ -242,7 +256,7 @@ class OTCXR(SSLMethod):
             loss = loss + s.global_weight * (
                 s.alpha * terms["global"] + s.beta * terms["global_variance"] + s.eta * terms["global_covariance"]
             )
-        if s.mass_weight > 0 and s.mass_gradient and s.mass != "uniform":
+        if s.mass_weight > 0 and s.trains_masses:
             terms["mass"] = sum(map(self._concentration, pair.masses, pair.valid), loss.new_zeros(())) / 2
             loss = loss + s.mass_weight * terms["mass"]
         with torch.no_grad():  # what it costs when nothing is matched: P = mu nu^T
@@ -267,6 +281,7 @@ class OTCXR(SSLMethod):
             r_t, weights_t = self.cross_view(z_t, z_s, valid_s)
         mu = self._mass(r_s, weights_t, valid_s, valid_t)
         nu = self._mass(r_t, weights_s, valid_t, valid_s)
+        sent, received = (mu, nu) if s.mass_gradient else (mu.detach(), nu.detach())
         if s.infuse and r_s is not None and r_t is not None:
             q_s, q_t = self.projector(z_s + r_s), self.projector(z_t + r_t)
         else:
@@ -278,13 +293,13 @@ class OTCXR(SSLMethod):
         solved = None
         if s.pairing == "transport":
             solved = sinkhorn(
-                cost, mu, nu, epsilon=s.epsilon, tolerance=s.tolerance, max_iterations=s.max_iterations,
+                cost, sent, received, epsilon=s.epsilon, tolerance=s.tolerance, max_iterations=s.max_iterations,
                 objective=s.objective, reach=s.reach,
             )  # fmt: skip
             plan, value = solved.plan, solved.value
         else:
             grids = (map_s.shape[-2], map_s.shape[-1]), (map_t.shape[-2], map_t.shape[-1])
-            plan = self._paired(cost, (mu, nu), (valid_s, valid_t), grids, batch.geometry[list(views)])
+            plan = self._paired(cost, (sent, received), (valid_s, valid_t), grids, batch.geometry[list(views)])
             value = (plan * cost).sum((-1, -2))
         return _Pair((z_s, z_t), (valid_s, valid_t), (mu, nu), (q_s, q_t), cost, plan, value, solved, weights_s)
 
@@ -340,8 +355,6 @@ class OTCXR(SSLMethod):
                 assert received is not None
                 queries = other_valid[:, None, :, None].to(dtype)
                 mass = (received.to(dtype) * queries).sum(2).mean(1) / queries.sum(2).mean(1)
-                if not s.mass_gradient:
-                    mass = mass.detach()
             floored: Tensor = (1 - s.floor) * mass + s.floor * uniform
             return floored
 
@@ -362,7 +375,10 @@ class OTCXR(SSLMethod):
     def _global(self, pair: _Pair) -> dict[str, Tensor]:
         """Invariance, variance and covariance of the projections of pooled tokens."""
         assert self.pooled_projector is not None
-        pooled = [masked_mean(z, valid) for z, valid in zip(pair.tokens, pair.valid, strict=True)]
+        if self.settings.global_pool == "mass":
+            pooled = [weighted_sum(z, mass) for z, mass in zip(pair.tokens, pair.masses, strict=True)]
+        else:
+            pooled = [masked_mean(z, valid) for z, valid in zip(pair.tokens, pair.valid, strict=True)]
         g_s, g_t = self.pooled_projector(torch.cat(pooled)).chunk(2)
         return {
             "global": squared_difference(g_s, g_t),
