@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "data": "data",
     "data.chexpert": "data errors",
     "data.dataset": "data errors",
+    "data.decode": "data errors",
     "data.dicom": "data errors",
     "data.folder": "data errors",
     "data.geometry": "",

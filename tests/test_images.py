@@ -15,11 +15,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from conftest import encode_png
-from otcxr.data.images import border_valid, box_in_square, fit_square, is_dicom, load_image, load_radiograph, png_size
+from otcxr.data.decode import border_valid, is_dicom, png_size
+from otcxr.data.dicom import read_header
+from otcxr.data.images import box_in_square, fit_square, load_image, load_radiograph
 from otcxr.data.records import Box
 from otcxr.errors import DataError
 
@@ -323,7 +326,7 @@ def test_header_that_states_too_many_pixels(tmp_path):
     data = bytearray(encode_png(noise((9, 11))))
     data[16:24] = struct.pack(">II", 60000, 60000)
     data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
-    refuse(put(tmp_path, bytes(data)), "cannot be decoded")
+    refuse(put(tmp_path, bytes(data)), "60000 x 60000 pixels", "header is damaged")
 
 
 # ---------------------------------------------------------------------------------------------------------- DICOM
@@ -559,6 +562,152 @@ def test_same_radiograph_in_three_formats_agrees(tmp_path, stored):
     assert np.abs(a - b).max() < 0.51 / 65535 + 1e-6
     assert np.abs(a - c).max() < 0.51 / 255
     assert np.abs(b - c).max() < 0.51 / 255 + 0.51 / 65535
+
+
+# ------------------------------------------------------------------------------------ what a file covers and states
+
+
+@pytest.mark.parametrize("kind", ["Shutter", "Collimator"])
+def test_what_a_shutter_or_collimator_covers_is_not_valid(tmp_path, stored, kind):
+    """Edges are counted from 1 and are the first that is hidden (PS3.3 C.7.6.11.1.1)."""
+    rectangle = {f"{kind}Shape": "RECTANGULAR", f"{kind}LeftVerticalEdge": 10, f"{kind}RightVerticalEdge": 50,
+                 f"{kind}UpperHorizontalEdge": 5, f"{kind}LowerHorizontalEdge": 60}  # fmt: skip
+    window = {"WindowCenter": 2048, "WindowWidth": 4096}
+    valid = load_radiograph(put(tmp_path, dicom(stored, **window, **rectangle), "r.dcm")).valid[0].numpy()
+    expected = np.zeros((64, 64), bool)
+    for row in range(1, 65):
+        for column in range(1, 65):
+            expected[row - 1, column - 1] = 5 < row < 60 and 10 < column < 50
+    assert np.array_equal(valid, expected)
+    circle = {f"{kind}Shape": "CIRCULAR", f"CenterOfCircular{kind}": [30, 20], f"RadiusOfCircular{kind}": 9}
+    valid = load_radiograph(put(tmp_path, dicom(stored, **window, **circle), "c.dcm")).valid[0].numpy()
+    y, x = np.ogrid[1:65, 1:65]
+    assert np.array_equal(valid, (y - 30) ** 2 + (x - 20) ** 2 <= 81)
+    corners = [10, 10, 10, 40, 50, 40, 50, 10]  # row, column of each
+    polygon = {f"{kind}Shape": "POLYGONAL", f"VerticesOfThePolygonal{kind}": corners}
+    valid = load_radiograph(put(tmp_path, dicom(stored, **window, **polygon), "p.dcm")).valid[0].numpy()
+    expected[:] = False
+    expected[9:50, 9:40] = True
+    assert np.array_equal(valid, expected)
+    both = {**rectangle, **circle, f"{kind}Shape": ["RECTANGULAR", "CIRCULAR"]}
+    valid = load_radiograph(put(tmp_path, dicom(stored, **window, **both), "b.dcm")).valid[0].numpy()
+    assert valid[29, 19]
+    assert not valid[29, 8]
+    nothing = {**rectangle, f"{kind}RightVerticalEdge": 3}
+    assert load_radiograph(put(tmp_path, dicom(stored, **window, **nothing), "n.dcm")).valid.all()
+
+
+@pytest.mark.parametrize(("attributes", "expected"), [
+    ({"PatientID": "7", "IssuerOfPatientID": "A"}, {"patient": "A|7"}), ({"PatientID": " 7 "}, {"patient": "7"}),
+    ({"PatientID": ""}, {"patient": None}), ({"StudyInstanceUID": "1.2"}, {"study": "1.2"}),
+    ({"PatientSex": "f"}, {"sex": "F"}), ({"PatientSex": "O"}, {"sex": None}),
+    ({"PatientAge": "058Y"}, {"age": 58}), ({"PatientAge": "018M"}, {"age": 1.5}), ({"PatientAge": "62"}, {"age": 62}),
+    ({"PatientAge": "000Y"}, {"age": None}), ({"PatientAge": "155Y"}, {"age": None}),
+    ({"PatientBirthDate": "19500301", "StudyDate": "20200301"}, {"age": pytest.approx(70, abs=0.01)}),
+    ({"PatientBirthDate": "19500301"}, {"age": None}),
+    ({"ViewPosition": "AP"}, {"view": "AP"}), ({"ViewPosition": "LL"}, {"view": "LATERAL"}),
+    ({"ViewPosition": "OBLIQUE", "SeriesDescription": "PA"}, {"view": None}),
+    ({"SeriesDescription": "W Chest pa"}, {"view": "PA"}), ({"SeriesDescription": "PA and Lat"}, {"view": None}),
+    ({"SeriesDescription": "Lateral"}, {"view": "LATERAL"}),
+    ({"PixelSpacing": [0.2, 0.1], "ImagerPixelSpacing": [9, 9]}, {"spacing": (0.2, 0.1)}),
+    ({"ImagerPixelSpacing": [0.3, 0.15], "EstimatedRadiographicMagnificationFactor": 1.5}, {"spacing": (0.2, 0.1)}),
+    ({"PixelSpacing": [0, 0]}, {"spacing": None}),
+], ids=repr)  # fmt: skip
+def test_who_and_what_a_header_says(tmp_path, stored, attributes, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some of these are not what the standard allows, as in archives
+        path = put(tmp_path, dicom(stored, **attributes), "x.dcm")
+    header = read_header(path)._asdict()
+    for name, value in expected.items():
+        assert header[name] == (pytest.approx(value) if name == "spacing" and value else value)
+
+
+def test_header_of_a_file_that_has_none(tmp_path):
+    with pytest.raises(DataError, match=r"x\.dcm is not a readable DICOM file"):
+        read_header(put(tmp_path, b"nothing", "x.dcm"))
+
+
+def test_padding_of_signed_pixels_that_is_stated_as_unsigned(tmp_path, stored):
+    signed = stored.astype(np.int16) - 2000
+    signed[20:29] = -2048
+    window = {"WindowCenter": 0, "WindowWidth": 8000, "BitsStored": 16}
+    pad = (0x0028, 0x0120)
+    file = pydicom.dcmread(BytesIO(dicom(signed, **window, PixelPaddingValue=-2048)))
+    del file[pad]
+    file.add_new(pad, "US", 2**16 - 2048)
+    buffer = BytesIO()
+    file.save_as(buffer, enforce_file_format=True)
+    valid = load_radiograph(put(tmp_path, buffer.getvalue(), "x.dcm")).valid[0].numpy()
+    assert np.array_equal(valid, signed != -2048)
+
+
+def test_wide_pixels(tmp_path, stored):
+    """32 bits allocated are read where 16 of them are used, and refused where more are."""
+    window = {"WindowCenter": 100_000 + 2048, "WindowWidth": 4096, "BitsStored": 32}
+    wide = pixels_of(tmp_path, dicom(stored.astype(np.uint32) + 100_000, **window))
+    narrow = pixels_of(tmp_path, dicom(stored, WindowCenter=2048, WindowWidth=4096), "n.dcm")
+    assert np.array_equal(wide, narrow)
+    refuse(put(tmp_path, dicom(stored.astype(np.uint32) * 4000, **window), "w.dcm"), "more than 16 bits")
+
+
+def test_size_that_no_radiograph_has(tmp_path, stored):
+    refuse(put(tmp_path, dicom(stored, Rows=60000, Columns=60000), "x.dcm"), "60000 x 60000 pixels")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(signed=st.booleans(), bits=st.integers(9, 16), low=st.floats(0, 0.4), seed=st.integers(0, 99))
+def test_percentiles_from_counts_are_numpys(tmp_path, signed, bits, low, seed):
+    rng = np.random.default_rng(seed)
+    top = 2**bits
+    values = rng.integers(int(low * top), top, (23, 19)) - (top // 2 if signed else 0)
+    stored = values.astype(np.int16 if signed else np.uint16)
+    seen = pixels_of(tmp_path, dicom(stored, BitsStored=bits, RescaleSlope="-2.5", RescaleIntercept="7"))
+    modality = stored * -2.5 + 7.0
+    a, b = np.percentile(modality, (0.5, 99.5))
+    assert np.abs(seen - np.clip((modality - a) / (b - a), 0, 1)).max() < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------- TIFF
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
+@pytest.mark.parametrize(("dtype", "top"), [(np.uint8, 255), (np.uint16, 65535)])
+def test_tiff(tmp_path, dtype, top, compression, capfd):
+    grey = noise((40, 60), 1, top, dtype)
+
+    buffer = BytesIO()
+    Image.fromarray(grey).save(buffer, "TIFF", compression=compression)
+    whole = buffer.getvalue()
+    assert np.abs(pixels_of(tmp_path, whole, "x.tif") - grey / top).max() < 1e-7
+    for length in range(8, len(whole) - 8, 97):  # after the pixels come bytes that nobody needs
+        refuse(put(tmp_path, whole[:length], "cut.tif"))
+    assert capfd.readouterr().err == ""  # what OpenCV would write there is in the message
+
+
+@pytest.mark.parametrize(("dtype", "top"), [(np.uint8, 255), (np.uint16, 65535)])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_tiff_whose_zero_is_white(tmp_path, dtype, top, order):
+    """Written by hand: Pillow turns pixels as it sees fit."""
+    grey = noise((40, 60), 1, top, dtype).astype(np.dtype(dtype).newbyteorder(order))
+
+    def tiff(photometric):
+        entries = [(256, 4, 60), (257, 4, 40), (258, 3, 8 * grey.itemsize), (259, 3, 1), (262, 3, photometric),
+                   (273, 4, 8 + 2 + 12 * 9 + 4), (277, 3, 1), (278, 4, 40), (279, 4, grey.nbytes)]  # fmt: skip
+        directory = struct.pack(f"{order}H", len(entries))
+        for tag, kind, value in entries:
+            directory += struct.pack(f"{order}HHI", tag, kind, 1)
+            directory += struct.pack(f"{order}HH", value, 0) if kind == 3 else struct.pack(f"{order}I", value)
+        start = b"II*\0" if order == "<" else b"MM\0*"
+        return start + struct.pack(f"{order}I", 8) + directory + struct.pack(f"{order}I", 0) + grey.tobytes()
+
+    assert np.abs(pixels_of(tmp_path, tiff(1), "b.tif") - grey / top).max() < 1e-6
+    assert np.abs(pixels_of(tmp_path, tiff(0), "w.tif") - (1 - grey / top)).max() < 1e-6
+
+
+def test_tiff_of_floating_point_numbers_is_refused(tmp_path):
+    buffer = BytesIO()
+    Image.fromarray(noise((9, 9)).astype(np.float32)).save(buffer, "TIFF")
+    refuse(put(tmp_path, buffer.getvalue(), "x.tif"), "float32")
 
 
 def test_transfer_syntaxes_decode_alike():

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from otcxr.attribution import ProbedEncoder, heat_map
 from otcxr.console import Progress, SilentProgress
 from otcxr.data.dataset import read_pixels
-from otcxr.data.images import box_in_square, fit_square, is_dicom
+from otcxr.data.decode import is_dicom
+from otcxr.data.images import box_in_square, fit_square
 from otcxr.data.masks import read_mask
 from otcxr.data.records import Record
 from otcxr.data.sources import open_again

@@ -8,7 +8,7 @@ import logging
 import re
 from pathlib import Path
 
-from otcxr.data.images import IMAGE_SUFFIXES
+from otcxr.data.decode import IMAGE_SUFFIXES
 from otcxr.data.records import Collection, Record, Skipped
 from otcxr.errors import DataError
 

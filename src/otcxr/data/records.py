@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from otcxr.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "Box",
@@ -159,4 +159,6 @@ class Collection(NamedTuple):
 
 def full_valid(image: Tensor) -> Tensor:
     """A validity mask that is True everywhere, (1, H, W) for an image (1, H, W)."""
+    import torch
+
     return torch.ones_like(image, dtype=torch.bool)

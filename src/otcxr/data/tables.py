@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from otcxr.data.images import IMAGE_SUFFIXES
+from otcxr.data.decode import IMAGE_SUFFIXES
 from otcxr.errors import DataError, did_you_mean
 
 __all__ = ["first_file", "image_files", "parse_options", "read_rows"]

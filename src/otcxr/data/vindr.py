@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from otcxr.data.images import png_size
+from otcxr.data.decode import png_size
 from otcxr.data.records import Box, Collection, Record, Skipped, split_by_hash
 from otcxr.data.tables import first_file, image_files, parse_options, read_rows
 from otcxr.errors import DataError, did_you_mean

@@ -27,7 +27,8 @@ problems are rectangular. The health panel and ``match`` show the pair (s, t).
 
 v and c are VICReg's variance and covariance terms on the unnormalised q; which rows they see is ``variance_rows``.
 g is a projection of the mean of z over valid tokens, or with ``global_pool = "mass"`` of sum_i mu_i z_i, which trains
-the masses to gather what tells images apart and both views agree on. Padding and rotation corners get no mass, are no keys and no rows.
+the masses to gather what tells images apart and both views agree on. Padding and rotation corners get no mass, are no
+keys and no rows.
 
 Source: Gorade, Singh, Mishra, WACV 2025, arXiv:2404.11868. The source states the forward pass, the cosine discrepancy,
 masses from cross-view attention, <P, C> and the form of the loss without the last line. Ours: the sign of the cost (a

@@ -1,0 +1,321 @@
+"""Radiograph files to arrays, bone bright. No torch here: processes that only decode start in a moment.
+
+Whole numbers stay whole numbers, so what an 8- or 16-bit file holds can be reduced and stored without a detour.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from otcxr.errors import DataError
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "About",
+    "Decoded",
+    "border_valid",
+    "decode_bytes",
+    "decode_file",
+    "full_scale",
+    "is_dicom",
+    "png_size",
+    "read_bytes",
+    "refuse_size",
+]
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom"})
+MAX_PIXELS = 2**27  # a header that states more is damaged: the largest films are scanned with 2 * 10^7 pixels
+
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_TIFF_STARTS = (b"II*\0", b"MM\0*")
+
+
+class About(NamedTuple):
+    """What a file says of itself, for counts and checks; "" where it does not.
+
+    Attributes:
+        format: PNG, JPEG, TIFF or DICOM.
+        encoding: Name of the transfer syntax.
+        photometric: PhotometricInterpretation; colour or grey of other formats.
+        bits: BitsStored; bits of a pixel's channel of other formats.
+        modality, body_part, position: Modality, BodyPartExamined, ViewPosition.
+        sop_class: Name of the SOP class.
+        burned_in: BurnedInAnnotation: YES, NO or "".
+    """
+
+    format: str
+    encoding: str = ""
+    photometric: str = ""
+    bits: int = 0
+    modality: str = ""
+    body_part: str = ""
+    position: str = ""
+    sop_class: str = ""
+    burned_in: str = ""
+
+
+class Decoded(NamedTuple):
+    """The pixels of one file.
+
+    Attributes:
+        pixels: (H, W), uint8 or uint16 over their whole range, or float32 in [0, 1] (DICOM); bone bright.
+        valid: (H, W) bool, False on padding and what the file declares as not measured; None where all is valid.
+        spacing: (row, column) pixel pitch in mm, or None.
+        about: What the file says of itself.
+    """
+
+    pixels: NDArray[Any]
+    valid: NDArray[np.bool_] | None
+    spacing: tuple[float, float] | None
+    about: About
+
+
+def full_scale(pixels: NDArray[Any]) -> float:
+    """The value that stands for white: 255, 65535 or 1."""
+    return 1.0 if pixels.dtype.kind == "f" else float(np.iinfo(pixels.dtype).max)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises: DataError: it cannot be read, or it is empty.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; check the path and its permissions"
+        ) from error
+    if not data:
+        raise DataError(f"{path} is empty (0 bytes); copy it again")
+    return data
+
+
+def decode_file(path: Path) -> Decoded:
+    """Decode a file; see ``decode_bytes``."""
+    return decode_bytes(read_bytes(path), path)
+
+
+def decode_bytes(data: bytes, path: Path) -> Decoded:
+    """Decode a radiograph.
+
+    PNG, JPEG and TIFF of 8 or 16 bits keep their values; colour is reduced to luminance. Where alpha is 0 there is no
+    pixel; elsewhere alpha is ignored. DICOM: see ``otcxr.data.dicom``. Rows and columns at the border that are entirely
+    black or entirely white are padding.
+
+    Args:
+        data: The file's content.
+        path: Its name, for messages and for its suffix.
+    Raises: DataError: cut short, of another format, too large, or it shows nothing: no pixel is valid or all that are
+        stated to be pixels are equal.
+    """
+    spacing = None
+    if is_dicom(data) or path.suffix.lower() in (".dcm", ".dicom"):
+        from otcxr.data.dicom import decode_dicom
+
+        pixels, valid, spacing, about = decode_dicom(data, str(path))
+    else:
+        pixels, valid, about = _decode(data, path)
+    if valid is not None and not valid.any():
+        raise DataError(f"{path} holds no picture: every pixel is transparent or declared padding; leave it out")
+    seen = pixels if valid is None else pixels[valid]
+    low, high = seen.min(), seen.max()
+    if low == high:
+        raise DataError(f"{path} holds no picture: every pixel is {high / full_scale(pixels):.3f}; leave it out")
+    inside = border_valid(pixels)
+    if not inside.all():
+        valid = inside if valid is None else valid & inside
+    if valid is not None:
+        if not valid.any():
+            raise DataError(f"{path} holds no picture: its rows or columns are all black or white; leave it out")
+        valid = None if valid.all() else valid
+    return Decoded(pixels, valid, spacing, about)
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether the bytes start as a DICOM file does (128 bytes preamble, then DICM)."""
+    return data[128:132] == b"DICM"
+
+
+def refuse_size(height: int, width: int, where: object) -> None:
+    """Raise DataError for a size that no radiograph has, before memory is taken for it."""
+    if height < 1 or width < 1 or height * width > MAX_PIXELS:
+        raise DataError(f"{where} states {height} x {width} pixels; expected 1 to {MAX_PIXELS:,} of them: its header "
+                        "is damaged, or it is no radiograph; leave it out")  # fmt: skip
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Return (height, width) from a PNG's header without decoding it.
+
+    Raises: DataError: missing, or not a PNG.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(24)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; check the path and its permissions"
+        ) from error
+    if len(head) < 24:
+        raise DataError(f"{path} is a PNG that is cut short ({len(head)} bytes); copy it again")
+    if not head.startswith(_PNG_START):
+        raise DataError(f"{path} is not a PNG (starts with {head[:8]!r}); convert it")
+    width, height = _png_header(head)
+    return height, width
+
+
+def border_valid(image: NDArray[Any], tolerance: float = 2 / 255) -> NDArray[np.bool_]:
+    """False on border rows and columns that are black (or white) from end to end, within ``tolerance``; (H, W).
+
+    ``image``: (H, W), float32 in [0, 1] or whole numbers over their whole range.
+    """
+    top = full_scale(image)
+    valid = np.ones(image.shape, dtype=np.bool_)
+    for axis in (0, 1):
+        low, high = (cv2.reduce(image, 1 - axis, how).ravel() for how in (cv2.REDUCE_MIN, cv2.REDUCE_MAX))
+        blank = (high <= tolerance * top) | (low >= (1 - tolerance) * top)
+        if blank.all():
+            return ~valid
+        first, last = int(np.argmin(blank)), len(blank) - int(np.argmin(blank[::-1]))
+        outside = np.r_[0:first, last : len(blank)]
+        if axis == 0:
+            valid[outside, :] = False
+        else:
+            valid[:, outside] = False
+    return valid
+
+
+def _decode(data: bytes, path: Path) -> tuple[NDArray[Any], NDArray[np.bool_] | None, About]:
+    # OpenCV fills the missing part of a cut PNG or JPEG with grey and says nothing, and takes gigabytes and seconds for
+    # a chunk whose length is damaged, so both are checked here; a cut TIFF it refuses.
+    size: tuple[int, int] | None
+    tags: dict[int, list[int]] = {}
+    if data.startswith(_PNG_START):
+        fault = _png_fault(data)
+        if fault:
+            raise DataError(f"{path} is a PNG that is {fault} ({len(data)} bytes); copy it again")
+        kind, size = "PNG", _png_header(data)
+    elif data.startswith(b"\xff\xd8"):
+        if not _jpeg_ends(data):
+            raise DataError(f"{path} is a JPEG that is cut short ({len(data)} bytes, no end marker); copy it again")
+        kind, size = "JPEG", _jpeg_size(data)
+    elif data.startswith(_TIFF_STARTS):
+        kind, tags = "TIFF", _tiff_tags(data)
+        if not _tiff_ends(data, tags):
+            raise DataError(f"{path} is a TIFF that is cut short ({len(data)} bytes); copy it again")
+        size = (tags[256][0], tags[257][0]) if 256 in tags and 257 in tags else None
+    else:
+        raise DataError(f"{path} is neither PNG, JPEG, TIFF nor DICOM (starts with {data[:8]!r}); convert it")
+    if size is None:
+        raise DataError(f"{path} states no size in its header: it is damaged; copy it again")
+    refuse_size(size[1], size[0], path)
+    logging = cv2.utils.logging
+    level = logging.getLogLevel()
+    logging.setLogLevel(logging.LOG_LEVEL_SILENT)  # it writes to standard error what is said below
+    try:
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise DataError(f"{path} cannot be decoded: {error.err or error}; reduce it or copy it again") from error
+    finally:
+        logging.setLogLevel(level)
+    if array is None:
+        raise DataError(f"{path} cannot be decoded: its data are damaged; copy it again")
+    if array.dtype not in (np.uint8, np.uint16):
+        raise DataError(f"{path} has pixels of type {array.dtype}; expected 8- or 16-bit integers")
+    if tags.get(262) == [0] and array.dtype == np.uint16:  # white is zero; of 8 bits OpenCV turns it itself
+        array = np.uint16(65535) - array
+    colour = "grey" if array.ndim == 2 else {2: "grey, alpha", 3: "colour", 4: "colour, alpha"}.get(array.shape[2], "")
+    about = About(kind, kind, colour, 8 * array.dtype.itemsize)
+    valid = None
+    if array.ndim == 3 and array.shape[2] in (2, 4):
+        valid = array[..., -1] > 0
+        array = array[..., :-1]
+    if array.ndim == 3 and array.shape[2] == 3:
+        array = cv2.cvtColor(np.ascontiguousarray(array), cv2.COLOR_BGR2GRAY)
+    elif array.ndim == 3:
+        array = array[..., 0]
+    return np.ascontiguousarray(array), valid, about
+
+
+def _png_header(data: bytes) -> tuple[int, int]:
+    """(width, height)."""
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+def _png_fault(data: bytes) -> str | None:
+    """What is wrong with the chunks of a PNG: cut short, damaged (a checksum disagrees) or None."""
+    at, view = len(_PNG_START), memoryview(data)
+    if data[12:16] != b"IHDR":
+        return "damaged"
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(view[at : at + 4], "big")
+        if end > len(data):
+            break
+        if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            return "damaged"
+        if data[at + 4 : at + 8] == b"IEND":
+            return None
+        at = end
+    return "cut short"
+
+
+def _jpeg_ends(data: bytes) -> bool:
+    """Whether the end marker follows the start of the scan: one in an embedded thumbnail is not the picture's."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] == 0xDA:
+            return data.rfind(b"\xff\xd9", max(at, len(data) - 1024)) >= 0
+        at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of the frame header: markers C0 to CF but for C4, C8 and CC."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", data[at + 5 : at + 9])
+            return width, height
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+# width, height, what 0 stands for, where strips or tiles begin and how long they are
+_TIFF_TAGS = (256, 257, 262, 273, 279, 324, 325)
+
+
+def _tiff_tags(data: bytes) -> dict[int, list[int]]:
+    """Tag -> values of the first directory; nothing where it is damaged."""
+    order = "<" if data[:2] == b"II" else ">"
+    found: dict[int, list[int]] = {}
+    try:
+        (at,) = struct.unpack_from(f"{order}I", data, 4)
+        (entries,) = struct.unpack_from(f"{order}H", data, at)
+        for entry in range(at + 2, at + 2 + 12 * entries, 12):
+            tag, kind, count = struct.unpack_from(f"{order}HHI", data, entry)
+            if tag in _TIFF_TAGS and kind in (3, 4) and count <= len(data):
+                size = count * (2 if kind == 3 else 4)
+                (place,) = (entry + 8,) if size <= 4 else struct.unpack_from(f"{order}I", data, entry + 8)
+                found[tag] = list(struct.unpack_from(f"{order}{count}{'H' if kind == 3 else 'I'}", data, place))
+    except struct.error:
+        return {}
+    return {tag: values for tag, values in found.items() if values}
+
+
+def _tiff_ends(data: bytes, tags: dict[int, list[int]]) -> bool:
+    """Whether every strip or tile ends inside the file: libtiff does not miss the last bytes of some."""
+    parts = [(tags.get(273, []), tags.get(279, [])), (tags.get(324, []), tags.get(325, []))]
+    return all(
+        len(starts) == len(lengths) and all(a + n <= len(data) for a, n in zip(starts, lengths, strict=True))
+        for starts, lengths in parts
+    )
