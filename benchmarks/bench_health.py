@@ -29,10 +29,11 @@ from torch import Tensor
 
 import otcxr
 from otcxr.data.geometry import ViewBatch
+from otcxr.files import write_atomic
 from otcxr.health import observe, verdict
 from otcxr.methods import METHODS, SSLMethod
 from otcxr.nn.encoder import build_encoder
-from otcxr.runs import describe_environment, write_atomic
+from otcxr.runs import describe_environment
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "results" / "health-cost.json"

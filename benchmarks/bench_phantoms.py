@@ -35,9 +35,10 @@ from sklearn.preprocessing import StandardScaler
 
 from otcxr.data.phantom import FINDINGS, parse_phantom, read_phantom, render
 from otcxr.evaluation.statistics import as_json, evaluate_scores
+from otcxr.files import write_atomic
 from otcxr.memory import keep_memory
 from otcxr.nn.encoder import build_encoder
-from otcxr.runs import describe_environment, write_atomic
+from otcxr.runs import describe_environment
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "results" / "phantoms.json"

@@ -128,7 +128,7 @@ def finished(path: Path) -> bool:
 
 def run_cell(name: str, job: dict[str, Any], out: Path) -> None:
     """Run a cell in fresh processes and write its JSON last."""
-    from otcxr.runs import write_atomic
+    from otcxr.files import write_atomic
 
     print(f"== {name}", flush=True)
     start, load = time.perf_counter(), os.getloadavg()
@@ -842,7 +842,7 @@ def write_table(out: Path) -> None:
     """Write the Markdown table beside the folder from the cells in it, and print the summary."""
     from pages import embed
 
-    from otcxr.runs import write_atomic
+    from otcxr.files import write_atomic
 
     cells = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     if not cells:

@@ -31,7 +31,8 @@ from otcxr.evaluation.statistics import (
     ranking_columns,
     tabulate,
 )
-from otcxr.runs import describe_environment, write_atomic
+from otcxr.files import write_atomic
+from otcxr.runs import describe_environment
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "results" / "statistics.json"

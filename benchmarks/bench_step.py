@@ -43,11 +43,11 @@ from otcxr.data.geometry import ViewBatch
 from otcxr.data.sources import open_collection
 from otcxr.data.view_spec import ViewsConfig, draw_views, grey_image, view_generator
 from otcxr.data.views import carry_out, collate_views
+from otcxr.files import write_atomic
 from otcxr.methods import METHODS
 from otcxr.methods import otcxr as method_module
 from otcxr.nn.encoder import build_encoder
 from otcxr.ot import backends
-from otcxr.runs import write_atomic
 from otcxr.train import config_from_plain, pretrain
 
 ROOT = Path(__file__).parent.parent

@@ -42,7 +42,8 @@ from pages import embed
 from otcxr.data.view_spec import DrawnView, GreyImage, ViewsConfig, draw_views, view_generator
 from otcxr.data.views import carry_out, collate_views
 from otcxr.data.views_device import collate_requests, device_views, request_views
-from otcxr.runs import describe_environment, write_atomic
+from otcxr.files import write_atomic
+from otcxr.runs import describe_environment
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "results" / "views.json"

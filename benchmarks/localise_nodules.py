@@ -27,7 +27,8 @@ from otcxr.evaluation.finetune import FinetuneConfig
 from otcxr.evaluation.results import evaluate_run, localize_run
 from otcxr.evaluation.segment import SegmentConfig
 from otcxr.evaluation.tasks import EvaluateConfig
-from otcxr.runs import Run, describe_environment, write_atomic
+from otcxr.files import write_atomic
+from otcxr.runs import Run, describe_environment
 from otcxr.train import EncoderConfig, PretrainConfig, TrainConfig, pretrain
 
 ROOT = Path(__file__).parent.parent

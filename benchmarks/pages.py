@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from otcxr.runs import write_atomic
+from otcxr.files import write_atomic
 
 __all__ = ["embed", "machine"]
 

@@ -22,8 +22,9 @@ import torch
 from pages import embed
 from sinkhorn_peers import workload
 
+from otcxr.files import write_atomic
 from otcxr.ot import native, sinkhorn
-from otcxr.runs import describe_environment, write_atomic
+from otcxr.runs import describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = [(128, 49), (512, 49), (32, 196), (2, 784)]

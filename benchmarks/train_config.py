@@ -17,7 +17,8 @@ import yaml
 from pages import embed
 
 from otcxr.console import RichProgress
-from otcxr.runs import Run, write_atomic
+from otcxr.files import write_atomic
+from otcxr.runs import Run
 from otcxr.train import config_from_plain, pretrain
 
 ROOT = Path(__file__).parent.parent

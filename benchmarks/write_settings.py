@@ -18,8 +18,8 @@ from typing import Any
 
 from docstring_parser import parse as parse_docstring
 
+from otcxr.files import write_atomic
 from otcxr.methods import METHODS, Method
-from otcxr.runs import write_atomic
 
 __all__ = ["page_name", "pages", "stale", "table", "updated"]
 

@@ -19,14 +19,17 @@ HEAVY = ("torch", "lightning_fabric", "captum", "pydicom", "matplotlib", "cv2", 
 
 # Module -> what of otcxr it may import; "data" stands for the whole package. A new module is added here deliberately:
 # the table is section 3 of the architecture, and everything else is an argument to have first.
-STUDY = "study train settings matching faults evaluation attribution overlay nn data runs charts report config "
+STUDY = "study train settings matching faults evaluation attribution overlay nn data runs files charts report config "
 STUDY += "console errors"
-EVALUATION = "evaluation nn data optim runs attribution config console errors"
+EVALUATION = "evaluation nn data optim runs files attribution config console errors"
+LOOP = "methods nn data distributed faults health launch loggers online optim probes runs settings console errors"
+PACKING = "packing data files report console errors version"
 METHODS = "methods losses nn ot distributed data.geometry errors"
 MAY_IMPORT = {
     # leaves: none imports another of them
     "version": "",
     "errors": "",
+    "files": "errors",
     "memory": "",
     "console": "",
     "optim": "",
@@ -54,15 +57,17 @@ MAY_IMPORT = {
     "nn.resnet": "nn errors",
     "data": "data",
     "data.chexpert": "data errors",
-    "data.dataset": "data errors",
+    "data.dataset": "data errors files",
     "data.decode": "data errors",
     "data.dicom": "data errors",
     "data.folder": "data errors",
     "data.geometry": "",
+    "data.identity": "data errors files",
     "data.images": "data errors",
     "data.masks": "data errors",
     "data.montgomery": "data errors",
     "data.nih": "data errors",
+    "data.pack": "data errors",
     "data.phantom": "data errors",
     "data.phantom_anatomy": "data errors",
     "data.phantom_devices": "data errors",
@@ -80,11 +85,20 @@ MAY_IMPORT = {
     "data.vindr": "data errors",
     "data.views_device": "data",
     "data.views_host": "data",
+    # packs: written here, read by data.pack
+    "packing": PACKING,
+    "packing.collection": PACKING,
+    "packing.frontal": PACKING,
+    "packing.index": PACKING,
+    "packing.page": PACKING,
+    "packing.reduce": PACKING,
+    "packing.store": PACKING,
+    "packing.workers": PACKING,
     "distributed": "errors",
     "losses": "distributed",
     "attribution": "nn errors",
     # the folder of a run: the one channel between training, evaluation and report
-    "runs": "errors version nn.encoder",
+    "runs": "errors version nn.encoder files",
     # training
     "methods": "methods config errors",
     "methods.base": METHODS,
@@ -101,17 +115,17 @@ MAY_IMPORT = {
     "methods.simclr": METHODS,
     "methods.vicreg": METHODS,
     "health": "methods.base data.geometry ot",
-    "probes": "methods.base data runs errors",
+    "probes": "methods.base data runs files errors",
     "settings": "methods data optim config errors",
     "faults": "errors",
     "launch": "distributed settings errors",
     "loggers": "config console errors",
-    "loop": "methods nn data distributed faults health launch loggers online optim probes runs settings console errors",
+    "loop": LOOP,
     "online": "evaluation nn data errors",
-    "train": "loop nn ot data distributed faults launch online probes runs settings config console errors",
+    "train": "loop nn ot data distributed faults launch online probes runs files settings config console errors",
     # judging a method, not an encoder: what it pairs
-    "matching": "evaluation health loop methods.base nn data runs settings console errors",
-    "reproduce": "train settings runs distributed config console errors",
+    "matching": "evaluation health loop methods.base nn data runs files settings console errors",
+    "reproduce": "train settings runs files distributed config console errors",
     # judging: sees encoders, records and files, never a method
     "evaluation": EVALUATION,
     "evaluation.calibration": EVALUATION,
@@ -138,22 +152,22 @@ MAY_IMPORT = {
     "evaluation.tables": EVALUATION,
     "evaluation.tasks": EVALUATION,
     "evaluation.truth": EVALUATION,
-    "explorer": "data.geometry runs",
+    "explorer": "data.geometry runs files",
     "overlay": "",
-    "dicom_out": "runs errors version",
-    "heatmaps": "nn data runs attribution evaluation.overlap overlay dicom_out console errors",
-    "explain": "explorer heatmaps data runs config console errors",
-    "preview": "data runs console errors",
-    "cards": "runs errors version",
+    "dicom_out": "runs files errors version",
+    "heatmaps": "nn data runs files attribution evaluation.overlap overlay dicom_out console errors",
+    "explain": "explorer heatmaps data runs files config console errors",
+    "preview": "data runs files console errors",
+    "cards": "runs files errors version",
     "charts": "",
     # pages from files, never from models
     "report": "report",
     "report.words": "",
     "report.pages": "report version",
     "report.rows": "report",
-    "report.evaluation": "report charts runs config",
-    "report.run": "report charts explorer runs config errors version",
-    "report.study": "report charts runs config",
+    "report.evaluation": "report charts runs files config",
+    "report.run": "report charts explorer runs files config errors version",
+    "report.study": "report charts runs files config",
     # the front
     "": "version",
     "__main__": "cli",
@@ -167,12 +181,12 @@ MAY_IMPORT = {
     "study.tasks": STUDY,
     "commands": "commands",
     "commands.terminal": "commands evaluation report config console errors",
-    "commands.judging": "commands attribution evaluation matching data report runs config console errors",
-    "commands.showing": "commands explain heatmaps report cards runs config console errors",
-    "commands.sources": "commands methods preview data runs config console errors",
+    "commands.judging": "commands attribution evaluation matching data report runs files config console errors",
+    "commands.showing": "commands explain heatmaps report cards runs files config console errors",
+    "commands.sources": "commands methods preview packing data runs files config console errors",
     "commands.studies": "commands study config console errors",
-    "commands.training": "commands train reproduce distributed methods demo data runs config console errors",
-    "demo": "train evaluation explain report data runs config console errors",
+    "commands.training": "commands train reproduce distributed methods demo data runs files config console errors",
+    "demo": "train evaluation explain report data runs files config console errors",
 }
 NEVER_A_METHOD = (
     "evaluation",

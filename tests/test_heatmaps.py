@@ -20,10 +20,10 @@ from otcxr.dicom_out import write_secondary_capture, write_segmentation
 from otcxr.errors import ConfigError, DataError
 from otcxr.evaluation.results import evaluate_run
 from otcxr.evaluation.tasks import EvaluateConfig
+from otcxr.files import file_name
 from otcxr.heatmaps import compare_runs
 from otcxr.overlay import TRUE, frames, from_square, overlay
 from otcxr.report import write_report
-from otcxr.runs import file_name
 from otcxr.train import EncoderConfig, PretrainConfig, TrainConfig, pretrain
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "dicom"

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from otcxr.errors import DataError
-from otcxr.runs import Run, write_atomic
+from otcxr.files import write_atomic
+from otcxr.runs import Run
 from otcxr.version import __version__
 
 __all__ = ["CLAIM", "TRIPOD_AI", "Item", "write_cards"]

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("explain", "draw transport plans and heat maps of a run"),
     "cards": ("cards", "write CLAIM, TRIPOD+AI and a model card of a run, filled as far as its files go"),
     "report": ("report", "gather a run into one offline HTML page"),
+    "pack": ("pack", "decode and reduce a source once, so that training reads it at the speed of memory"),
     "data inspect": ("data_inspect", "count what a source holds and list what cannot be read"),
     "data preview": ("data_preview", "draw the views that training would make of a source"),
 }

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from otcxr.errors import ConfigError, DataError
-from otcxr.runs import write_atomic
+from otcxr.files import write_atomic
 from otcxr.version import __version__
 
 if TYPE_CHECKING:

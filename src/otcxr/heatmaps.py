@@ -25,9 +25,10 @@ from otcxr.data.records import Record
 from otcxr.data.sources import open_again
 from otcxr.errors import ConfigError, DataError
 from otcxr.evaluation.overlap import otsu_threshold, scaled
+from otcxr.files import file_name, write_atomic
 from otcxr.nn.encoder import Encoder, encoder_digest, load_encoder
 from otcxr.overlay import TRUE, frames, from_square, overlay
-from otcxr.runs import Run, file_name, write_atomic
+from otcxr.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

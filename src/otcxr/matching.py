@@ -153,7 +153,7 @@ def measure_matching(
     method = load_method(run).to(device).eval()
     facts = run.read_json("encoder.json") or {}
     collection = open_again(source or settings.data.source)
-    if any(record.split for record in collection.records):
+    if collection.has_splits:
         collection = collection.split(split)
     records = choose_images(collection.records, config)
     scores, used, skipped = match_images(

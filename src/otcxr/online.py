@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from otcxr.data.dataset import ImageDataset, PixelCache, check_records
-from otcxr.data.records import Collection, Record
+from otcxr.data.records import Collection, Record, column, take
 from otcxr.errors import ConfigError, DataError
 from otcxr.evaluation.classify import fit_probe, knn_scores
 from otcxr.evaluation.metrics import auroc
@@ -113,9 +113,12 @@ class OnlineProbe:
         judged_on = "val"
         if not val:
             judged_on = "patients held out of train"
-            second = set(list(dict.fromkeys(record.patient for record in fit))[1::2])
-            judged = [record for record in fit if record.patient in second]
-            fit = [record for record in fit if record.patient not in second]
+            patients = column(fit, "patient")
+            second = set(list(dict.fromkeys(patients))[1::2])
+            fit, judged = (
+                take(fit, [index for index, patient in enumerate(patients) if (patient in second) == other])
+                for other in (False, True)
+            )
         parts = (_read(fit, images, size), _read(judged, images, size))
         findings = tuple(f for f in collection.findings if _judgeable(f, *parts, seed))
         if not findings:
@@ -226,37 +229,35 @@ def _features(encoder: Encoder, images: Tensor, batch_size: int) -> NDArray[np.f
     return np.concatenate(rows)
 
 
-def _candidates(collection: Collection, training: Collection) -> tuple[list[Record], list[Record]]:
+def _candidates(collection: Collection, training: Collection) -> tuple[Sequence[Record], Sequence[Record]]:
     """Labelled records of ``training``, and of "val" those of patients not trained on; nobody of several splits."""
+    patients, splits = column(collection.records, "patient"), column(collection.records, "split")
     everyone: dict[str, set[str]] = {}
-    outside: list[Record] = []
-    for record in collection.records:
-        everyone.setdefault(record.patient, set()).add(record.split)
-        if record.split == "val":
-            outside.append(record)
-    own = list(training.records)
-    names = set(collection.findings)
+    for patient, split in zip(patients, splits, strict=True):
+        everyone.setdefault(patient, set()).add(split)
+    several = {patient for patient, of in everyone.items() if len(of - {""}) > 1}
 
-    def usable(record: Record) -> bool:
-        in_one = len(everyone.get(record.patient, set()) - {""}) <= 1
-        return in_one and record.split != "test" and not names.isdisjoint(record.labels)
+    def chosen(records: Sequence[Record], without: set[str], split: str | None) -> Sequence[Record]:
+        facts = zip(column(records, "patient"), column(records, "split"), column(records, "labelled"), strict=True)
+        return take(records, [
+            index for index, (patient, of, labelled) in enumerate(facts)
+            if labelled and of != "test" and split in (None, of) and patient not in several and patient not in without
+        ])  # fmt: skip
 
-    trained = {record.patient for record in own}
-    return (
-        [record for record in own if usable(record)],
-        [record for record in outside if usable(record) and record.patient not in trained],
-    )
+    trained = set(column(training.records, "patient"))
+    return chosen(training.records, set(), None), chosen(collection.records, trained, "val")
 
 
-def _in_turn(records: Sequence[Record], generator: np.random.Generator) -> list[Record]:
+def _in_turn(records: Sequence[Record], generator: np.random.Generator) -> Sequence[Record]:
     """Shuffle: first one image of everyone, then everyone's second, and so on."""
     turns: list[tuple[int, int]] = []
     had: dict[str, int] = {}
+    patients = column(records, "patient")
     for index in generator.permutation(len(records)).tolist():
-        patient = records[index].patient
+        patient = patients[index]
         had[patient] = had.get(patient, 0) + 1
         turns.append((had[patient], index))
-    return [records[index] for _, index in sorted(turns, key=lambda turn: turn[0])]
+    return take(records, [index for _, index in sorted(turns, key=lambda turn: turn[0])])
 
 
 def _read(ranked: Sequence[Record], images: int, size: int) -> _Part:

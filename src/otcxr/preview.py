@@ -23,7 +23,7 @@ from otcxr.data.view_spec import DrawnView, GreyImage, ViewsConfig, draw_views, 
 from otcxr.data.views import carry_out
 from otcxr.data.views_device import device_views, request_views
 from otcxr.errors import ConfigError, DataError
-from otcxr.runs import write_atomic
+from otcxr.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +75,7 @@ def preview_views(
         raise ConfigError(f"--out must end in .png or name a folder, received {out}; write {out.with_suffix('.png')}")
     path = out if out.suffix.lower() == ".png" and not out.is_dir() else out / "preview.png"
     collection = open_collection(source)
-    if any(record.split for record in collection.records):
+    if collection.has_splits:
         collection = collection.split(split)
     rows: list[Previewed] = []
     for index, record in enumerate(collection.records):

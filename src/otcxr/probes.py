@@ -10,7 +10,7 @@ import torch
 
 from otcxr.data.dataset import read_pixels
 from otcxr.data.geometry import token_valid
-from otcxr.data.records import Collection, Record
+from otcxr.data.records import Collection, Record, column, take
 from otcxr.data.views import ViewsConfig, make_views, view_generator
 from otcxr.errors import DataError
 from otcxr.methods.base import SSLMethod
@@ -26,8 +26,8 @@ def choose_probes(collection: Collection, training: Collection, count: int, seed
 
     Nothing is trained or tuned on them: they are looked at.
     """
-    outside = [record for record in collection.records if record.split == "test"]
-    candidates: list[Record] = list(outside or training.records)
+    outside = [index for index, split in enumerate(column(collection.records, "split")) if split == "test"]
+    candidates = take(collection.records, outside) if outside else training.records
     order = np.random.default_rng((seed, 8)).permutation(len(candidates))
     ranked = sorted(order, key=lambda i: not candidates[i].boxes)
     chosen: list[Record] = []

@@ -12,8 +12,6 @@ is appended to; a last line that was cut is dropped when it is read.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import io
 import json
 import logging
@@ -25,12 +23,13 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 
-from otcxr.errors import CheckpointError, ConfigError, DataError, StorageError
+from otcxr.errors import CheckpointError, DataError
+from otcxr.files import locked, storage_error, sweep, write_atomic
 from otcxr.version import __version__
 
 if TYPE_CHECKING:
@@ -38,69 +37,12 @@ if TYPE_CHECKING:
 
     from otcxr.nn.encoder import Encoder
 
-__all__ = ["Run", "describe_environment", "file_name", "storage_error", "write_atomic"]
+__all__ = ["Run", "describe_environment"]
 
 _log = logging.getLogger(__name__)
 _FOLDERS = ("best", "pairs", "evaluation", "evaluation/labels", "classifier/linear", "classifier/finetune", "explain")
 
-_HELD: set[TextIO] = set()  # lock files of this process
-
-
-def _let_go() -> None:
-    """Close the locks in a forked process, such as a loader: a lock ends with the process that took it."""
-    for file in _HELD:
-        file.close()
-    _HELD.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
-
 _PACKAGES = ("torch", "numpy", "opencv-python-headless", "scikit-learn", "lightning-fabric", "captum", "pydicom")
-
-
-def file_name(text: str) -> str:
-    """A text, such as the name of a finding, as part of a file's name: it can lead nowhere else.
-
-    Letters, digits, ``-``, ``_`` and inner dots stay; everything else is ``_``. Where that loses something, six digits
-    of a hash keep different texts apart.
-    """
-    kept = re.sub(r"[^\w.-]|^\.+|\.+$", "_", text)[:80] or "_"
-    return kept if kept == text else f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-
-
-def write_atomic(path: Path, data: bytes | str, before: Callable[[], None] | None = None) -> None:
-    """Write a file so that it is either the old one or the whole new one, also when the machine stops.
-
-    Args:
-        path: The file.
-        data: Its content; text as UTF-8.
-        before: Called when the whole content is on disk, before it gets its name.
-    Raises: StorageError: the disk is full, the folder cannot be written to.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        if before is not None:
-            before()
-        temporary.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise storage_error(path, error) from error
-        raise
-
-
-def storage_error(path: Path, error: OSError) -> StorageError:
-    """Say what could not be written, why, and what mends it."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    fix = "free some space" if full else "check its rights and that it can be written to"
-    return StorageError(f"writing {path} failed: {error.strerror or error}; {fix}")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -154,27 +96,11 @@ class Run:
 
         Raises: ConfigError: another process holds it. StorageError: the folder cannot be written to.
         """
-        import fcntl
-
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            opened = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise storage_error(self.path, error) from error
-        with opened as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ConfigError(f"another process is writing to {self.path}; wait for it or stop it") from error
-            except OSError as error:  # some network file systems have no locks
-                _log.warning("%s cannot be locked (%s): see to it that only one process trains there", self.path,
-                             error.strerror)  # fmt: skip
+        with locked(self.path):
             self._sweep()
-            _HELD.add(file)
             try:
                 yield
             finally:
-                _HELD.discard(file)
                 if not (self.path / "config.yaml").exists():  # it never became a run: leave no trace
                     (self.path / ".lock").unlink(missing_ok=True)
                     with suppress(OSError):  # it held other files before
@@ -185,10 +111,8 @@ class Run:
         if not (self.path / "config.yaml").is_file():
             return
         places = [self.path, *(self.path / name for name in _FOLDERS)]
-        for left in (file for place in places if place.is_dir() for file in place.iterdir()):
-            number = re.search(r"\.(\d+)\.tmp$", left.name)
-            if number and left.is_file() and not _alive(number[1]):
-                left.unlink(missing_ok=True)
+        for place in places:
+            sweep(place)
 
     @property
     def name(self) -> str:
@@ -337,17 +261,6 @@ def _load_whole(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"the checksum of {broken} is wrong")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
-
-
-def _alive(process: str) -> bool:
-    """Whether a process of this number runs here; a text that is no number belongs to none."""
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:  # it runs, as another user
-        return True
-    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -22,6 +22,7 @@ from otcxr.data.dataset import (
     check_records,
     write_skipped,
 )
+from otcxr.data.records import column
 from otcxr.data.sources import open_collection
 from otcxr.distributed import everyone, from_first, process, processes, together
 from otcxr.errors import CheckpointError, ConfigError
@@ -100,8 +101,7 @@ def _prepare(
         progress.say(f"nothing to resume in {run.path}: starting from the beginning")
     with together():
         collection = open_collection(config.data.source)
-        has_split = any(record.split for record in collection.records)
-        training = collection.split(config.data.split) if has_split else collection
+        training = collection.split(config.data.split) if collection.has_splits else collection
     cache = PixelCache(config.data.cache_gb, bits=8)
     with together(), progress.bar("reading images", len(training.records), "images") as bar:
         usable, skipped, contents = check_records(
@@ -127,7 +127,8 @@ def _prepare(
             if config.train.precision == "64-true":
                 method.double()  # before: float32 would round what is loaded
             load_state(method, checkpoint["method"], str(run.path / "last.ckpt"))
-    images = digest([(training.records[index].name, training.records[index].study) for index in usable])
+    names, studies = column(training.records, "name"), column(training.records, "study")
+    images = digest([(names[index], studies[index]) for index in usable])
     with together():
         if len(set(everyone((images, contents)))) > 1:
             raise ConfigError(f"the processes do not see the same images under {config.data.source}; give every "

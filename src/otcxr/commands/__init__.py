@@ -2,7 +2,7 @@
 
 from otcxr.commands.judging import evaluate, localize, match
 from otcxr.commands.showing import cards, explain, report
-from otcxr.commands.sources import data_inspect, data_preview
+from otcxr.commands.sources import data_inspect, data_preview, pack
 from otcxr.commands.studies import gallery, study
 from otcxr.commands.training import demo, pretrain, reproduce
 
@@ -16,6 +16,7 @@ __all__ = [
     "gallery",
     "localize",
     "match",
+    "pack",
     "pretrain",
     "report",
     "reproduce",

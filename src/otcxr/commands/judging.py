@@ -63,8 +63,8 @@ def _evaluate_csv(plain: dict[str, Any], config: Any, progress: RichProgress) ->
 
     from otcxr.data.sources import open_collection
     from otcxr.evaluation.predictions import evaluate_predictions, read_predictions, rows_of_predictions
+    from otcxr.files import write_atomic
     from otcxr.report import write_predictions_page
-    from otcxr.runs import write_atomic
 
     if not plain["out"]:
         raise ConfigError(f"where should the results of {plain['run']} go? name a folder with --out")

@@ -1,4 +1,4 @@
-"""Verbs that look at a source: data inspect, data preview."""
+"""Verbs for a source: pack, data inspect, data preview."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from otcxr.config import add_settings, make_parser, parse, peek
 from otcxr.console import RichProgress
 from otcxr.errors import ConfigError, DataError
 
-__all__ = ["data_inspect", "data_preview"]
+__all__ = ["data_inspect", "data_preview", "pack"]
 
 
 def data_inspect(words: Sequence[str]) -> int:
@@ -103,4 +103,36 @@ def data_preview(words: Sequence[str]) -> int:
         progress=progress,
     )  # fmt: skip
     progress.say(f"written: {path}")
+    return 0
+
+
+def pack(words: Sequence[str]) -> int:
+    """otcxr pack SOURCE OUT."""
+    from otcxr.config import read_settings
+    from otcxr.packing import PackConfig, pack_collection
+
+    parser = make_parser(
+        "pack", "Decode and reduce every image of a source once. Goes on where it was stopped; run again, it adds what "
+        "is new.",
+    )  # fmt: skip
+    parser.add_argument("source", type=str, help="READER:ARGUMENT, such as nih:PATH")
+    parser.add_argument("out", type=str, help="folder of the pack; read it as pack:OUT")
+    parser.add_argument("--key", type=str, default="", help="file of the site's key, under which names are hashed "
+                        "(default: site.key in the user's configuration folder, made on first use)")  # fmt: skip
+    add_settings(parser, "", PackConfig)
+    plain = parsed(parser, words)
+    to_log()
+    progress = RichProgress()
+    source, out, key = plain.pop("source"), plain.pop("out"), plain.pop("key")
+    config = read_settings(PackConfig, plain)
+    packed = pack_collection(source, out, config, key=Path(key) if key else None, progress=progress)
+    progress.say(
+        f"{packed.path}: {packed.rows:,} radiographs ({packed.new:,} new), {packed.aliases:,} of them with the "
+        f"pixels of another, {len(packed.skipped):,} left out, {len(packed.conflicts):,} contradictions"
+    )
+    for item in packed.skipped[:5]:
+        progress.say(f"left out {item.image}: {item.reason}")
+    if len(packed.skipped) > 5:
+        progress.say(f"... and {len(packed.skipped) - 5} more in {packed.path / 'quarantine.csv'}")
+    progress.say(f"use it: --data.source pack:{packed.path}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import math
 import os
@@ -21,11 +22,12 @@ from torch.utils.data import Dataset, Sampler
 
 from otcxr.data.geometry import ViewBatch
 from otcxr.data.images import fit_square, load_radiograph
-from otcxr.data.records import Collection, ImageRef, Radiograph, Record, Skipped
+from otcxr.data.records import Collection, ImageRef, Radiograph, Record, Skipped, StoredImage, Table, column
 from otcxr.data.view_spec import MIN_VALID, GreyImage, ViewsConfig, draw_views, view_generator
 from otcxr.data.views import carry_out, collate_views
 from otcxr.data.views_device import ViewRequest, collate_requests, request_views
-from otcxr.errors import ConfigError, DataError, StorageError
+from otcxr.errors import ConfigError, DataError
+from otcxr.files import write_atomic
 
 __all__ = [
     "Checked",
@@ -108,6 +110,14 @@ class PixelCache:
     def _find(self, image: ImageRef) -> tuple[NDArray[Any], NDArray[np.bool_] | None, tuple[float, float] | None]:
         kept = self._kept.get(image)
         if kept is None:
+            if isinstance(image, StoredImage):  # it lies in a file that the system keeps in memory: no need to copy it
+                pixels, valid, spacing = image.stored()
+                if pixels.dtype != self._type:
+                    wide = self._type is np.uint16
+                    pixels = (
+                        pixels * np.uint16(257) if wide else np.round(pixels * np.float32(1 / 257)).astype(np.uint8)
+                    )
+                return pixels, valid, spacing
             radiograph = read_pixels(image)
             most = np.float32(np.iinfo(self._type).max)
             pixels = np.round(radiograph.image[0].numpy() * most).astype(self._type)
@@ -143,8 +153,11 @@ def check_records(
     process: int = 0,
     processes: int = 1,
     everyone: Callable[[object], list[Any]] | None = None,
+    again: bool = False,
 ) -> Checked:
     """Read every image once, so that a broken file is found before training and not in its middle.
+
+    What a pack holds was read when it was packed; its records say what was found.
 
     Args:
         collection: What to read.
@@ -153,8 +166,40 @@ def check_records(
         progress: Called with the number of images read so far.
         process, processes: This process reads every ``processes``-th image, from ``process`` on.
         everyone: Gathers a plain value of each process; needed with more than one.
+        again: Read the images of a pack as well.
     Raises: DataError: nothing is usable, or more than ``max_skipped`` is not.
     """
+
+    total = len(collection.records)
+    if not again and isinstance(collection.records, Table):
+        shares, digests = collection.records.checked()
+        usable = np.flatnonzero(shares >= MIN_VALID).tolist()
+        # the place tells two equal pictures apart; modulo 2^64, as below
+        contents = int((digests * (2 * np.arange(total, dtype=np.uint64) + 1))[usable].sum())
+        names = column(collection.records, "name")
+        skipped = [
+            *collection.skipped,
+            *(Skipped(names[i], _little(float(shares[i]))) for i in np.flatnonzero(shares < MIN_VALID).tolist()),
+        ]
+    else:
+        usable, broken, contents = _read_all(collection, cache, progress, process, processes, everyone)
+        skipped = [*collection.skipped, *broken]
+    named = total + len(collection.skipped)
+    if not named:
+        raise DataError(f"{collection.name} has no images; check data.source and data.split")
+    refuse_too_many(skipped, named, max_skipped, collection.name, anything=bool(usable))
+    return Checked(usable, skipped, f"{contents:016x}")
+
+
+def _little(share: float) -> str:
+    return f"only {share:.1%} of its area is a picture, the rest is padding; at least {MIN_VALID:.0%} is needed"
+
+
+def _read_all(
+    collection: Collection, cache: PixelCache, progress: Callable[[int], None] | None, process: int, processes: int,
+    everyone: Callable[[object], list[Any]] | None,
+) -> tuple[list[int], list[Skipped], int]:  # fmt: skip
+    """Usable indices, what is not, and the contents; see ``check_records``."""
 
     def read(index: int) -> Skipped | int:
         record = collection.records[index]
@@ -164,8 +209,7 @@ def check_records(
             return Skipped(record.name, str(error))
         share = float(radiograph.valid.float().mean())
         if share < MIN_VALID:
-            why = f"only {share:.1%} of its area is a picture, the rest is padding; at least {MIN_VALID:.0%} is needed"
-            return Skipped(record.name, why)
+            return Skipped(record.name, _little(share))
         # index and shape tell two equal pictures apart, and a picture from its transpose
         pixels = radiograph.image.numpy()
         return zlib.crc32(pixels.tobytes(), zlib.crc32(repr((index, pixels.shape)).encode()))
@@ -184,13 +228,8 @@ def check_records(
         found = {index: result for part in everyone(found) for index, result in part.items()}
     usable = [index for index in range(total) if not isinstance(found[index], Skipped)]
     broken = [found[index] for index in range(total)]
-    skipped = [*collection.skipped, *(item for item in broken if isinstance(item, Skipped))]
     contents = sum(item for item in broken if not isinstance(item, Skipped)) % 2**64
-    named = total + len(collection.skipped)
-    if not named:
-        raise DataError(f"{collection.name} has no images; check data.source and data.split")
-    refuse_too_many(skipped, named, max_skipped, collection.name, anything=bool(usable))
-    return Checked(usable, skipped, f"{contents:016x}")
+    return usable, [item for item in broken if isinstance(item, Skipped)], contents
 
 
 def refuse_too_many(
@@ -208,21 +247,12 @@ def refuse_too_many(
 
 def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
     """Write the list of skipped images as CSV (image, reason); an empty list still writes its header."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer)
+    writer.writerow(("image", "reason"))
+    writer.writerows((item.image, item.reason) for item in skipped)
     # a file name may hold bytes that are no text: they are listed in escaped form
-    try:
-        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.writer(file)
-            writer.writerow(("image", "reason"))
-            writer.writerows((item.image, item.reason) for item in skipped)
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise StorageError(
-                f"writing {path} failed: {error.strerror}; free some space, or check its rights"
-            ) from error
-        raise
+    write_atomic(path, buffer.getvalue().encode("utf-8", errors="backslashreplace"))
 
 
 class LoadedViews(NamedTuple):

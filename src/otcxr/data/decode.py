@@ -49,6 +49,7 @@ class About(NamedTuple):
         modality, body_part, position: Modality, BodyPartExamined, ViewPosition.
         sop_class: Name of the SOP class.
         burned_in: BurnedInAnnotation: YES, NO or "".
+        sex, age, view: As in ``dicom.Header``.
     """
 
     format: str
@@ -60,6 +61,9 @@ class About(NamedTuple):
     position: str = ""
     sop_class: str = ""
     burned_in: str = ""
+    sex: str | None = None
+    age: float | None = None
+    view: str | None = None
 
 
 class Decoded(NamedTuple):

@@ -188,12 +188,13 @@ _VIEW_WORDS = {"PA": {"PA"}, "AP": {"AP"}, "LATERAL": {"LAT", "LATERAL", "LL", "
 
 def _about(dataset: Dataset) -> About:
     syntax = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
-    kind = dataset.get("SOPClassUID")
+    kind, header = dataset.get("SOPClassUID"), _header(dataset)
     return About(
         "DICOM", "" if syntax is None else str(syntax.name), _text(dataset.get("PhotometricInterpretation")),
         int(dataset.get("BitsStored", 0) or 0), _text(dataset.get("Modality")),
         _text(dataset.get("BodyPartExamined")).upper(), _text(dataset.get("ViewPosition")).upper(),
         "" if kind is None else str(kind.name), _text(dataset.get("BurnedInAnnotation")).upper(),
+        header.sex, header.age, header.view,
     )  # fmt: skip
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from otcxr.errors import DataError, did_you_mean
 
@@ -19,9 +22,14 @@ __all__ = [
     "Radiograph",
     "Record",
     "Skipped",
+    "Stored",
+    "StoredImage",
+    "Table",
     "VirtualImage",
+    "column",
     "full_valid",
     "split_by_hash",
+    "take",
 ]
 
 
@@ -48,6 +56,42 @@ class VirtualImage(Protocol):
     """
 
     def radiograph(self) -> Radiograph: ...
+
+
+class Stored(NamedTuple):
+    """Pixels as they are stored: (H, W) uint8 or uint16 over their whole range, validity (None: all), spacing."""
+
+    pixels: NDArray[Any]
+    valid: NDArray[np.bool_] | None
+    spacing: tuple[float, float] | None
+
+
+@runtime_checkable
+class StoredImage(Protocol):
+    """A virtual image that lies somewhere as whole numbers, ready to be used: it needs no place in memory."""
+
+    def stored(self) -> Stored: ...
+
+
+@runtime_checkable
+class Table(Protocol):
+    """Records that can be asked for one field of all of them, and for a part, without being made."""
+
+    def column(self, name: str) -> list[Any]: ...
+    def take(self, indices: Sequence[int]) -> Sequence[Record]: ...
+    def checked(self) -> tuple[NDArray[np.float32], NDArray[np.uint64]]:
+        """Share of valid pixels, and a number for the contents, of each; whoever stored them has read them all."""
+        ...
+
+
+def column(records: Sequence[Record], name: str) -> list[Any]:
+    """One field of all records."""
+    return records.column(name) if isinstance(records, Table) else [getattr(record, name) for record in records]
+
+
+def take(records: Sequence[Record], indices: Sequence[int]) -> Sequence[Record]:
+    """Some of the records, in this order."""
+    return records.take(indices) if isinstance(records, Table) else [records[index] for index in indices]
 
 
 ImageRef: TypeAlias = Path | VirtualImage
@@ -99,6 +143,11 @@ class Record(NamedTuple):
         """A short name of the image for lists and pictures; it is the file's name where there is a file."""
         return self.image.name if isinstance(self.image, Path) else str(self.image)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether any finding is assessed."""
+        return bool(self.labels)
+
 
 class Skipped(NamedTuple):
     """An image that the source names but that cannot be used, why, and its split where that is known."""
@@ -135,26 +184,34 @@ class Collection(NamedTuple):
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def has_splits(self) -> bool:
+        """Whether any record is in a split."""
+        return any(column(self.records, "split"))
+
     def split(self, name: str) -> Collection:
         """Return the records of one split.
 
         Raises:
             DataError: No record has this split, or a patient is in this split and in another one.
         """
-        inside = [record for record in self.records if record.split == name]
+        splits = column(self.records, "split")
+        inside = [index for index, split in enumerate(splits) if split == name]
         if not inside:
-            known = {record.split for record in self.records} - {""}
+            known = set(splits) - {""}
             hint = did_you_mean(name, known) if known else "; this source defines no splits"
             raise DataError(f"{self.name} has no record in split '{name}'{hint}")
-        patients = {record.patient for record in inside}
-        shared = sorted({r.patient for r in self.records if r.split not in ("", name) and r.patient in patients})
+        everyone = column(self.records, "patient")
+        patients = {everyone[index] for index in inside}
+        shared = sorted({patient for patient, split in zip(everyone, splits, strict=True)
+                         if split not in ("", name) and patient in patients})  # fmt: skip
         if shared:
             raise DataError(
                 f"{len(shared)} patients of {self.name} are in split '{name}' and in another one (first: {shared[0]}); "
                 "a split must not cut through a patient: mend the split lists"
             )
         skipped = tuple(item for item in self.skipped if item.split in ("", name))
-        return self._replace(records=inside, skipped=skipped)
+        return self._replace(records=take(self.records, inside), skipped=skipped)
 
 
 def full_valid(image: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from otcxr.data.chexpert import read_chexpert, read_mimic
 from otcxr.data.folder import read_folder
 from otcxr.data.montgomery import read_montgomery, read_shenzhen
 from otcxr.data.nih import read_nih
+from otcxr.data.pack import read_pack
 from otcxr.data.phantom import read_phantom
 from otcxr.data.records import Collection
 from otcxr.data.rsna import read_rsna
@@ -23,6 +24,7 @@ READERS: dict[str, Callable[[str], Collection]] = {
     "mimic": read_mimic,
     "montgomery": read_montgomery,
     "nih": read_nih,
+    "pack": read_pack,
     "phantom": read_phantom,
     "rsna": read_rsna,
     "shenzhen": read_shenzhen,
@@ -34,7 +36,7 @@ READERS: dict[str, Callable[[str], Collection]] = {
 def open_collection(source: str) -> Collection:
     """Open the collection that a source string names: ``READER:ARGUMENT``.
 
-    "nih:PATH", "folder:PATH", "phantom:N[,seed=S][,size=P]" and so on: the keys of ``READERS``.
+    "nih:PATH", "folder:PATH", "pack:PATH", "phantom:N[,seed=S][,size=P]" and so on: the keys of ``READERS``.
 
     Raises: DataError: unknown reader, or what the reader raises.
     """

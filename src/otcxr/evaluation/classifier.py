@@ -22,8 +22,8 @@ from otcxr.attribution import ProbedEncoder
 from otcxr.errors import CheckpointError, ConfigError
 from otcxr.evaluation.calibration import Recalibration, recalibrate
 from otcxr.evaluation.decisions import RULES, OperatingPoint, choose_threshold
+from otcxr.files import write_atomic
 from otcxr.nn.encoder import build_encoder, describe, load_state
-from otcxr.runs import write_atomic
 
 __all__ = ["Classifier", "Decision", "fit_decisions", "load_classifier", "thresholds_of", "write_classifier"]
 

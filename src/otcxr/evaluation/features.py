@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from otcxr.console import Bar, Progress
 from otcxr.data.dataset import ImageDataset, PixelCache
 from otcxr.data.records import ImageRef, Record
+from otcxr.files import write_atomic
 from otcxr.nn.encoder import Encoder, encoder_digest, pool
-from otcxr.runs import write_atomic
 
 __all__ = ["calibrate_norms", "pooled_features"]
 

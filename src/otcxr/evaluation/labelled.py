@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from otcxr.config import digest
 from otcxr.console import Progress
 from otcxr.data.dataset import PixelCache, check_records
-from otcxr.data.records import Collection, Record, Skipped
+from otcxr.data.records import Collection, Record, Skipped, column
 from otcxr.errors import ConfigError, DataError
 from otcxr.evaluation.truth import Masks, Truth
 
@@ -150,7 +150,7 @@ def gather(
         raise DataError(f"splits to fit on, to validate on and to judge on must differ, received {splits[0]}, {val}, "
                         f"{splits[1]}")  # fmt: skip
     pixels = PixelCache(cache_gb)
-    there = {record.split for record in collection.records}
+    there = set(column(collection.records, "split"))
 
     def part(source: Collection, split: str) -> Part:
         records = source.split(split) if split else source

@@ -19,8 +19,9 @@ from otcxr.evaluation.labelled import write_draw
 from otcxr.evaluation.localize import localize
 from otcxr.evaluation.tables import TESTS
 from otcxr.evaluation.tasks import EvaluateConfig, Evaluation, evaluate
+from otcxr.files import write_atomic
 from otcxr.nn.encoder import Encoder, load_encoder
-from otcxr.runs import Run, write_atomic
+from otcxr.runs import Run
 
 __all__ = ["evaluate_run", "localize_run", "measures_of", "rows_of", "write_evaluation"]
 
@@ -102,7 +103,7 @@ def _open(
     if config.size == 0:
         config = replace(config, size=int(facts["input_size"]))
     collection = open_again(source or facts["source"])
-    if not any(record.split for record in collection.records):
+    if not collection.has_splits:
         raise DataError(
             f"{collection.name} defines no splits; give the table a column 'split' with {splits[0]} and {splits[1]}, "
             "by patient (NIH: put train_val_list.txt and test_list.txt beside the label table)"

@@ -8,9 +8,9 @@ from typing import Any
 
 from otcxr.charts import efficiency_chart, reliability_chart
 from otcxr.config import flatten
+from otcxr.files import write_atomic
 from otcxr.report.pages import bounds, render
 from otcxr.report.words import MEASURE_NAMES, TASK_NAMES
-from otcxr.runs import write_atomic
 
 __all__ = ["show_evaluation", "write_predictions_page"]
 

@@ -15,11 +15,12 @@ from otcxr.charts import line_chart
 from otcxr.config import flatten
 from otcxr.errors import DataError
 from otcxr.explorer import explorer_data
+from otcxr.files import write_atomic
 from otcxr.report.evaluation import show_evaluation
 from otcxr.report.pages import render
 from otcxr.report.rows import localize_rows, matching_rows
 from otcxr.report.words import STUDY_TASK_NAMES, TASK_NAMES
-from otcxr.runs import Run, write_atomic
+from otcxr.runs import Run
 from otcxr.version import __version__
 
 __all__ = ["write_explorer_page", "write_report"]

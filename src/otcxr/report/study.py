@@ -8,9 +8,9 @@ from typing import Any
 
 from otcxr.charts import efficiency_chart
 from otcxr.config import flatten
+from otcxr.files import write_atomic
 from otcxr.report.pages import render
 from otcxr.report.words import MEASURE_NAMES, RANKED, STUDY_TASK_NAMES
-from otcxr.runs import write_atomic
 
 __all__ = ["describe_training", "means_over", "split_measures", "write_study_page"]
 

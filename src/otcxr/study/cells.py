@@ -40,10 +40,11 @@ from otcxr.evaluation.metrics import auroc
 from otcxr.evaluation.protocols import Features, device_of
 from otcxr.evaluation.tasks import prepare, protocol_config, view_for
 from otcxr.faults import Interrupted
+from otcxr.files import write_atomic
 from otcxr.matching import choose_images, load_method, match_images
 from otcxr.nn.encoder import Encoder, build_encoder, encoder_digest, load_encoder
 from otcxr.nn.imported import from_torchvision, read_weights
-from otcxr.runs import Run, describe_environment, write_atomic
+from otcxr.runs import Run, describe_environment
 from otcxr.settings import PretrainConfig, config_to_plain
 from otcxr.study.spec import IMAGENET, Study, Unit, read_study, training_digest
 from otcxr.study.tasks import ENCODER_TASKS, PAIR_TASKS, answer_of_pairs

@@ -29,9 +29,10 @@ from otcxr.evaluation.overlap import Frame, box_overlap, otsu_threshold, peak_bo
 from otcxr.evaluation.protocols import Features, device_of
 from otcxr.evaluation.tasks import protocol_config
 from otcxr.evaluation.truth import Truth
+from otcxr.files import write_atomic
 from otcxr.nn.encoder import Encoder, load_encoder
 from otcxr.overlay import FOUND, TRUE, frames, overlay
-from otcxr.runs import Run, write_atomic
+from otcxr.runs import Run
 from otcxr.study.cells import Views, chosen_point, read_cell, run_folder, unpack, untrained
 from otcxr.study.spec import IMAGENET, RANDOM, Study, Unit
 from otcxr.study.tasks import ENCODER_TASKS

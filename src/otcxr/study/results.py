@@ -27,9 +27,9 @@ from otcxr.evaluation.statistics import (
 )
 from otcxr.evaluation.subgroups import attribute_of
 from otcxr.evaluation.tables import measured_columns
+from otcxr.files import write_atomic
 from otcxr.matching import choose_images
 from otcxr.report import write_study_page
-from otcxr.runs import write_atomic
 from otcxr.study.cells import chosen_point, external_collection, read_cell, unpack
 from otcxr.study.markdown import write_markdown
 from otcxr.study.spec import IMAGENET, RANDOM, Study, Unit

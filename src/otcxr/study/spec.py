@@ -46,8 +46,8 @@ from otcxr.errors import ConfigError, did_you_mean
 from otcxr.evaluation.finetune import FinetuneConfig
 from otcxr.evaluation.segment import SegmentConfig
 from otcxr.evaluation.tasks import SHARED, EvaluateConfig
+from otcxr.files import file_name
 from otcxr.matching import MatchingConfig
-from otcxr.runs import file_name
 from otcxr.settings import PretrainConfig, config_from_plain, identity
 from otcxr.study.tasks import ENCODER_TASKS, PAIR_TASKS
 
