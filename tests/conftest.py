@@ -48,6 +48,14 @@ def _phantoms_once(request):
         yield
 
 
+@pytest.fixture(autouse=True)
+def config_home(tmp_path_factory, monkeypatch):
+    """A configuration folder of its own: no test makes the site's key in the user's."""
+    folder = tmp_path_factory.mktemp("config")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder))
+    return folder / "otcxr"
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder of real radiographs and label files, which the repository does not contain."""

@@ -148,7 +148,7 @@ def test_a_path_that_cannot_be_written_is_one_line(bad_inputs, tmp_path, capsys)
     code, lines = run_line(["pretrain", "--data.source", f"folder:{bad_inputs}/good", *SMALL, "--out", out], capsys)
     assert (code, len(lines)) == (1, 1)
     assert "file.txt" in lines[0]
-    words = ["data", "inspect", f"folder:{bad_inputs}/good", "--skipped", str(tmp_path / "no" / "x.csv")]
+    words = ["data", "inspect", f"folder:{bad_inputs}/good", "--skipped", str(tmp_path / "file.txt" / "x.csv")]
     code, lines = run_line(words, capsys)
     assert (code, len(lines)) == (1, 1)
 

@@ -41,13 +41,6 @@ from otcxr.packing.workers import Failure, decode_all
 from test_images import dicom, noise, smooth
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """A configuration folder of its own: no test makes a key in the user's."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    return tmp_path / "config" / "otcxr"
-
-
 def picture(seed, height=60, width=48):
     return smooth(height, width, seed)
 
@@ -197,8 +190,8 @@ def test_training_on_a_pack_is_training_on_its_files(tmp_path):
 
     def trained(text):
         run = pretrain(config_from_plain({
-            "method": {"name": "otcxr-uniform"}, "out": str(tmp_path / text.partition(":")[0]), "data": {"source": text},
-            "views": {"size": 32}, "encoder": {"name": "resnet18", "width": 8, "stride": 16},
+            "method": {"name": "otcxr-uniform"}, "out": str(tmp_path / text.partition(":")[0]),
+            "data": {"source": text}, "views": {"size": 32}, "encoder": {"name": "resnet18", "width": 8, "stride": 16},
             "train": {"epochs": 1, "batch_size": 8, "accelerator": "cpu", "probes": 1, "online_images": 0},
         }))  # fmt: skip
         return torch.load(run.path / "last.ckpt", weights_only=False)["method"]
@@ -211,7 +204,7 @@ def test_training_on_a_pack_is_training_on_its_files(tmp_path):
 # ----------------------------------------------------------------------------------------------------- names stay home
 
 
-def test_no_name_of_the_source_is_in_the_pack(tmp_path, home):
+def test_no_name_of_the_source_is_in_the_pack(tmp_path, config_home):
     source = mixed(tmp_path / "in")
     (source / "part0" / "SMITH-broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     more = "".join(f"{name}.png,SMITH^9,M,40,PA,train,1,0\n" for name in ("part0/SMITH-broken", "SMITH-gone"))
@@ -222,12 +215,12 @@ def test_no_name_of_the_source_is_in_the_pack(tmp_path, home):
         if path.is_file():
             assert b"SMITH" not in path.read_bytes(), path
             assert "SMITH" not in path.name
-    listed = list((home / "packs").glob("*.csv"))
+    listed = list((config_home / "packs").glob("*.csv"))
     assert len(listed) == 1
     assert listed[0].stat().st_mode & 0o777 == 0o600
     names = {row["id"]: row["name"] for row in csv.DictReader(listed[0].read_text().splitlines())}
     assert {names[item.image] for item in packed.skipped} == {"part0/SMITH-broken.png", "SMITH-gone.png"}
-    assert (home / "site.key").stat().st_mode & 0o777 == 0o600
+    assert (config_home / "site.key").stat().st_mode & 0o777 == 0o600
     facts = json.loads((tmp_path / "out" / "pack.json").read_text())
     assert facts["key"] == site_key().fingerprint
     assert site_key().secret.hex() not in (tmp_path / "out" / "pack.json").read_text()
@@ -258,6 +251,41 @@ def test_the_folder_may_move(tmp_path):
     pack(f"folder:{source}", tmp_path / "out")
     source.rename(tmp_path / "elsewhere")
     assert pack(f"folder:{tmp_path / 'elsewhere'}", tmp_path / "out").new == 0
+
+
+def test_headers_say_who_dicom_files_are_of(tmp_path):
+    root = tmp_path / "in"
+    (root / "a").mkdir(parents=True)
+    window = {"WindowCenter": 2048, "WindowWidth": 4096}
+    of = {"PatientID": "SMITH7", "StudyInstanceUID": "1.2.3", "PatientSex": "F", "PatientAge": "044Y",
+          "ViewPosition": "PA", "PixelSpacing": [0.1, 0.1]}  # fmt: skip
+    for k in range(3):
+        wide = picture(k).astype(np.uint16) * 16
+        (root / "a" / f"SMITH-{k}.dcm").write_bytes(dicom(wide, **window, **(of if k < 2 else {"PatientID": "X"})))
+    (root / "b.png").write_bytes(encode_png(picture(9)))
+    (root / "c.dcm").write_bytes(b"nothing")
+    collection = open_collection(f"folder:{root}")
+    a, b, c, d, e = collection.records
+    assert a.patient == b.patient == site_key().name("patient", "SMITH7")
+    assert a.study == b.study == site_key().name("study", "1.2.3")
+    assert (a.sex, a.age, a.view, a.spacing) == ("F", 44, "PA", (0.1, 0.1))
+    assert c.patient not in (a.patient, "X")
+    assert c.study == "a/SMITH-2.dcm"
+    assert (d.patient, e.patient) == ("b.png", "c.dcm")
+    assert "3 of 5 files name their patient" in collection.notes[0]
+    plain = open_collection(f"folder:{root},headers=no")
+    assert [r.patient for r in plain.records] == [r.study for r in plain.records]
+    with pytest.raises(DataError, match="headers must be yes or no"):
+        open_collection(f"folder:{root},headers=maybe")
+    pack(f"folder:{root}", tmp_path / "out")
+    people = column(read_pack(str(tmp_path / "out")).records, "patient")
+    assert len(people) == 4
+    assert len(set(people)) == 3
+    # a source that knows less than the files, such as a table without sex: the header fills in
+    (root / "t.csv").write_text("image,patient,view\na/SMITH-0.dcm,P1,AP\n")
+    pack(f"folder:{root}", tmp_path / "table", max_skipped=0.9)
+    record = read_pack(str(tmp_path / "table")).records[0]
+    assert (record.sex, record.age, record.view) == ("F", 45, "AP")
 
 
 # ------------------------------------------------------------------------------------------ equal, odd and broken files

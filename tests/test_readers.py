@@ -384,6 +384,7 @@ def test_open_collection(tmp_path):
         "mimic",
         "montgomery",
         "nih",
+        "pack",
         "phantom",
         "rsna",
         "shenzhen",

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 
 from otcxr.data.decode import IMAGE_SUFFIXES
+from otcxr.data.dicom import read_header
+from otcxr.data.identity import site_key
 from otcxr.data.records import Collection, Record, Skipped
 from otcxr.errors import DataError
 
@@ -16,20 +18,24 @@ __all__ = ["read_folder"]
 
 _log = logging.getLogger(__name__)
 
-_OPTION = re.compile(r",(csv|image|patient)=([^,]*)$")
+_OPTION = re.compile(r",(csv|image|patient|headers)=([^,]*)$")
 # a table written from floating-point columns, as columns with gaps often are, says 1.0
 _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "": None}
 _KNOWN = ("study", "sex", "age", "view", "split")
 
 
 def read_folder(text: str) -> Collection:
-    """Read every PNG, JPEG and DICOM below a folder.
+    """Read every PNG, JPEG, TIFF and DICOM below a folder.
 
-    ``PATH[,csv=FILE][,image=COLUMN][,patient=COLUMN]``. Without ``csv=`` the only CSV file directly in the folder is
-    used, if there is one; ``csv=none`` uses none. The table then is the list of images: it needs a column with the
-    path below the folder (or the bare name, where only one file has it) of the image and one with the patient; columns
+    ``PATH[,csv=FILE][,image=COLUMN][,patient=COLUMN][,headers=yes|no]``. Without ``csv=`` the only CSV file directly in
+    the folder is used, if there is one; ``csv=none`` uses none. The table then is the list of images: it needs a column
+    with the path below the folder (or the bare name, where only one file has it) of the image and one with the patient;
+    columns
     study, sex, age, view and split are used where present; every other column that holds nothing but 0, 1 (or 0.0, 1.0)
-    and empty fields, and not only empty ones, is a finding (empty: not assessed). Without a table nothing is known of
+    and empty fields, and not only empty ones, is a finding (empty: not assessed).
+
+    Without a table the headers of DICOM files say who they are of: patient and study (as names under the site's key,
+    ``otcxr.data.identity``), sex, age, view and spacing. Of other files, and with ``headers=no``, nothing is known of
     patients, so every image counts as a patient of its own. Without a study, every image is a study of its own.
 
     Raises: DataError: no such folder, no image in it, or a table without the columns, with duplicates or bad values.
@@ -47,12 +53,36 @@ def read_folder(text: str) -> Collection:
         raise DataError(f"{root} holds no radiograph; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
     table = _table(root, options.get("csv", ""))
     name = f"folder:{text}"
+    if options.get("headers", "yes") not in ("yes", "no"):
+        raise DataError(f"headers must be yes or no, received '{options['headers']}'")
     if table is None:
-        ids = [path.relative_to(root).as_posix() for path in files]
-        return Collection(
-            name, (), [Record(p, study=i, patient=i, source="folder") for p, i in zip(files, ids, strict=True)]
-        )
+        return _read_headers(name, root, files, wanted=options.get("headers") != "no")
     return _read_table(name, root, table, files, options.get("image", "image"), options.get("patient", "patient"))
+
+
+def _read_headers(name: str, root: Path, files: list[Path], *, wanted: bool) -> Collection:
+    """Records of files without a table, with what the headers of DICOM files say."""
+    records, told, key = [], 0, None
+    for path in files:
+        place = path.relative_to(root).as_posix()
+        record = Record(path, study=place, patient=place, source="folder")
+        if wanted and path.suffix.lower() in (".dcm", ".dicom"):
+            try:
+                header = read_header(path)
+            except DataError:  # counted and listed when its pixels are read
+                records.append(record)
+                continue
+            key = key or site_key()
+            told += header.patient is not None
+            record = record._replace(
+                patient=record.patient if header.patient is None else key.name("patient", header.patient),
+                study=record.study if header.study is None else key.name("study", header.study),
+                sex=header.sex, age=header.age, view=header.view, spacing=header.spacing,
+            )  # fmt: skip
+        records.append(record)
+    note = f"{told:,} of {len(files):,} files name their patient in a DICOM header"
+    notes = () if key is None else (f"{note}; names are hashed with the key {key.path}",)
+    return Collection(name, (), records, (), notes)
 
 
 def _table(root: Path, option: str) -> Path | None:
@@ -135,7 +165,7 @@ def _record(row: dict[str, str], path: Path, study: str, patient: str, findings:
         patient=patient,
         sex=sex if sex in ("M", "F") else None,
         age=years if years is not None and years <= 120 else None,
-        view=view if view in ("PA", "AP") else None,
+        view=view if view in ("PA", "AP", "LATERAL") else None,
         source="folder",
         labels={f: value for f in findings if (value := _LABELS[row[f].strip()]) is not None},
         split=(row.get("split") or "").strip(),
