@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("report", "gather a run into one offline HTML page"),
     "pack": ("pack", "decode and reduce a source once, so that training reads it at the speed of memory"),
     "data inspect": ("data_inspect", "count what a source holds and list what cannot be read"),
+    "data estimate": ("data_estimate", "measure what packing and training a source would take, before anything starts"),
     "data preview": ("data_preview", "draw the views that training would make of a source"),
 }
 

@@ -2,12 +2,13 @@
 
 from otcxr.commands.judging import evaluate, localize, match
 from otcxr.commands.showing import cards, explain, report
-from otcxr.commands.sources import data_inspect, data_preview, pack
+from otcxr.commands.sources import data_estimate, data_inspect, data_preview, pack
 from otcxr.commands.studies import gallery, study
 from otcxr.commands.training import demo, pretrain, reproduce
 
 __all__ = [
     "cards",
+    "data_estimate",
     "data_inspect",
     "data_preview",
     "demo",

@@ -1,4 +1,4 @@
-"""Verbs for a source: pack, data inspect, data preview."""
+"""Verbs for a source: pack, data inspect, data estimate, data preview."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from otcxr.commands.terminal import parsed, to_log, whole_method
-from otcxr.config import add_settings, make_parser, parse, peek
+from otcxr.commands.terminal import add_training, parsed, to_log, whole_method
+from otcxr.config import add_settings, make_parser, parse, peek, read_settings
 from otcxr.console import RichProgress
 from otcxr.errors import ConfigError, DataError
 
-__all__ = ["data_inspect", "data_preview", "pack"]
+__all__ = ["data_estimate", "data_inspect", "data_preview", "pack"]
 
 
 def data_inspect(words: Sequence[str]) -> int:
@@ -68,9 +68,36 @@ def data_inspect(words: Sequence[str]) -> int:
     return 0
 
 
+def data_estimate(words: Sequence[str]) -> int:
+    """otcxr data estimate SOURCE, with the settings of a training."""
+    from otcxr.estimate import estimate_training
+    from otcxr.packing import PackConfig
+    from otcxr.settings import config_from_plain
+
+    words = whole_method(words)
+    if words and not words[0].startswith("-"):
+        words = ["--data.source", words[0], *words[1:]]
+    parser = make_parser(
+        "data estimate",
+        "Try some images of a source, and some steps of a training with the "
+        "settings that follow; say what it would take. otcxr data estimate SOURCE [settings]",
+    )
+    add_training(parser, words)
+    add_settings(parser, "pack", PackConfig)
+    parser.add_argument("--sample", type=int, default=32, help="images that are tried")
+    plain = parsed(parser, words)
+    to_log()
+    progress = RichProgress()
+    config = config_from_plain({name: value for name, value in plain.items() if name not in ("pack", "sample")})
+    found = estimate_training(config, read_settings(PackConfig, plain["pack"]), plain["sample"], progress)
+    for line in found.lines():
+        progress.say(line)
+    return 0
+
+
 def data_preview(words: Sequence[str]) -> int:
     """otcxr data preview SOURCE, or --config of a training."""
-    from otcxr.config import from_files, read_settings
+    from otcxr.config import from_files
     from otcxr.data.view_spec import ViewsConfig
     from otcxr.methods import METHODS, find_method
     from otcxr.preview import preview_views
@@ -108,7 +135,6 @@ def data_preview(words: Sequence[str]) -> int:
 
 def pack(words: Sequence[str]) -> int:
     """otcxr pack SOURCE OUT."""
-    from otcxr.config import read_settings
     from otcxr.packing import PackConfig, pack_collection
 
     parser = make_parser(

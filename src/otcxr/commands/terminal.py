@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from otcxr.config import add_settings, parse
+from otcxr.config import add_settings, parse, peek
 from otcxr.console import RichProgress
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_splits",
+    "add_training",
     "interval",
     "parsed",
     "print_rows",
@@ -32,6 +33,28 @@ def add_splits(parser: ArgumentParser) -> None:
     parser.add_argument("--data.val", type=str, default="val", help="split to validate on; without it patients are "
                         "held out of the one to fit on")  # fmt: skip
     parser.add_argument("--data.test", type=str, default="test", help="split to judge on")
+
+
+def add_training(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add every setting of a training, with the defaults of the method that ``words`` name; but not ``--out``."""
+    from otcxr.data.dataset import DataConfig
+    from otcxr.data.view_spec import ViewsConfig
+    from otcxr.methods import METHODS, find_method
+    from otcxr.settings import EncoderConfig, PretrainConfig, TrainConfig
+
+    name = peek(words, "method.name", PretrainConfig.method)
+    row = find_method(name)
+    parser.add_argument("--config", action="config", help="YAML file with settings; later options override it")
+    add_settings(parser, "data", DataConfig)
+    parser.add_argument(
+        "--method.name", type=str, default=name,
+        help=f"one of {', '.join(METHODS)}, or package.module:Class; also --method",
+    )  # fmt: skip
+    add_settings(parser, "method", row.settings, f"method {name}")
+    add_settings(parser, "views", ViewsConfig(**row.views))
+    add_settings(parser, "encoder", EncoderConfig)
+    add_settings(parser, "train", TrainConfig)
+    parser.add_argument("--seed", type=int, default=0, help="one seed for weights, order and views")
 
 
 def with_evaluation(parser: ArgumentParser, words: Sequence[str]) -> tuple[dict[str, Any], EvaluateConfig]:

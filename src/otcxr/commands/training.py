@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from otcxr.commands.terminal import interval, parsed, to_log, whole_method
-from otcxr.config import add_settings, make_parser, peek
+from otcxr.commands.terminal import add_training, interval, parsed, to_log, whole_method
+from otcxr.config import make_parser, peek
 from otcxr.console import RichProgress
 
 __all__ = ["demo", "pretrain", "reproduce"]
@@ -15,31 +15,16 @@ __all__ = ["demo", "pretrain", "reproduce"]
 
 def pretrain(words: Sequence[str]) -> int:
     """otcxr pretrain."""
-    from otcxr.data.dataset import DataConfig
-    from otcxr.data.views import ViewsConfig
     from otcxr.distributed import process
-    from otcxr.methods import METHODS, find_method
-    from otcxr.train import EncoderConfig, PretrainConfig, TrainConfig, config_from_plain
+    from otcxr.train import config_from_plain
     from otcxr.train import pretrain as run_pretraining
 
     words = whole_method(words)
     saved = Path(peek(words, "out", "")) / "config.yaml"
     if peek(words, "resume", "false").lower() == "true" and saved.is_file() and "--config" not in words:
         words = ["--config", str(saved), *words]  # a run goes on with its own settings
-    name = peek(words, "method.name", PretrainConfig.method)
-    row = find_method(name)
     parser = make_parser("pretrain", "Learn an encoder from radiographs without labels; leaves a run folder.")
-    parser.add_argument("--config", action="config", help="YAML file with settings; later options override it")
-    add_settings(parser, "data", DataConfig)
-    parser.add_argument(
-        "--method.name", type=str, default=name,
-        help=f"one of {', '.join(METHODS)}, or package.module:Class; also --method",
-    )  # fmt: skip
-    add_settings(parser, "method", row.settings, f"method {name}")
-    add_settings(parser, "views", ViewsConfig(**row.views))
-    add_settings(parser, "encoder", EncoderConfig)
-    add_settings(parser, "train", TrainConfig)
-    parser.add_argument("--seed", type=int, default=0, help="one seed for weights, order and views")
+    add_training(parser, words)
     parser.add_argument("--out", type=str, default="", help="folder of the run (default: runs/METHOD)")
     parser.add_argument("--resume", type=bool, default=False, help="go on from the last checkpoint in --out")
     plain = parsed(parser, words)

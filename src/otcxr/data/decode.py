@@ -183,17 +183,18 @@ def border_valid(image: NDArray[Any], tolerance: float = 2 / 255) -> NDArray[np.
     """
     top = full_scale(image)
     valid = np.ones(image.shape, dtype=np.bool_)
-    for axis in (0, 1):
-        low, high = (cv2.reduce(image, 1 - axis, how).ravel() for how in (cv2.REDUCE_MIN, cv2.REDUCE_MAX))
-        blank = (high <= tolerance * top) | (low >= (1 - tolerance) * top)
-        if blank.all():
-            return ~valid
-        first, last = int(np.argmin(blank)), len(blank) - int(np.argmin(blank[::-1]))
-        outside = np.r_[0:first, last : len(blank)]
-        if axis == 0:
-            valid[outside, :] = False
-        else:
-            valid[:, outside] = False
+    for lines, inside in ((image, valid), (image.T, valid.T)):
+        # from outside to the first line that shows something: most pictures are done after four lines
+
+        def blank(line: NDArray[Any]) -> bool:
+            return bool(line.max() <= tolerance * top or line.min() >= (1 - tolerance) * top)
+
+        first = next((k for k in range(len(lines)) if not blank(lines[k])), None)
+        if first is None:
+            return np.zeros(image.shape, dtype=np.bool_)
+        last = next(k for k in range(len(lines), first, -1) if not blank(lines[k - 1]))
+        inside[:first] = False
+        inside[last:] = False
     return valid
 
 

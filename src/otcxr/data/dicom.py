@@ -25,7 +25,7 @@ from otcxr.errors import DataError
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-__all__ = ["Header", "decode_dicom", "read_header"]
+__all__ = ["Header", "decode_dicom", "read_header", "window_pixels"]
 
 _log = logging.getLogger(__name__)
 
@@ -218,14 +218,14 @@ def _decode(
                         "columns of whole grey values")  # fmt: skip
     stored = np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("="))
     padding = _padding(dataset, stored)
-    scaled = _through_table(stored, padding, dataset, where)
+    scaled = window_pixels(stored, padding, dataset, where)
     valid = _open(dataset, stored.shape)
     if padding is not None:
         valid = ~padding if valid is None else valid & ~padding
     return scaled, valid, _spacing(dataset)
 
 
-def _through_table(
+def window_pixels(
     stored: NDArray[Any], padding: NDArray[np.bool_] | None, dataset: Dataset, where: str
 ) -> NDArray[np.float32]:
     """Grey values: the standard's pipeline for every stored value that occurs between the lowest and the highest."""

@@ -30,9 +30,8 @@ def read_folder(text: str) -> Collection:
     ``PATH[,csv=FILE][,image=COLUMN][,patient=COLUMN][,headers=yes|no]``. Without ``csv=`` the only CSV file directly in
     the folder is used, if there is one; ``csv=none`` uses none. The table then is the list of images: it needs a column
     with the path below the folder (or the bare name, where only one file has it) of the image and one with the patient;
-    columns
-    study, sex, age, view and split are used where present; every other column that holds nothing but 0, 1 (or 0.0, 1.0)
-    and empty fields, and not only empty ones, is a finding (empty: not assessed).
+    columns study, sex, age, view and split are used where present; every other column that holds nothing but 0, 1 (or
+    0.0, 1.0) and empty fields, and not only empty ones, is a finding (empty: not assessed).
 
     Without a table the headers of DICOM files say who they are of: patient and study (as names under the site's key,
     ``otcxr.data.identity``), sex, age, view and spacing. Of other files, and with ``headers=no``, nothing is known of

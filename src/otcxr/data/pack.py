@@ -332,8 +332,8 @@ def read_facts(root: Path) -> dict[str, Any]:
 
 
 def file_digest(content: bytes) -> str:
-    """BLAKE2b of a file, 32 hexadecimal digits."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    """SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def _refuse_nonsense(table: pa.Table, facts: dict[str, Any]) -> None:

@@ -5,8 +5,22 @@
     reduce    one file to what is kept of it            workers   processes that do it, and who watches them
     store     shards and journal                        index     columns of the index
     page      the data page                             frontal   the check for frontal chest radiographs
+
+The names load when they are asked for: workers need neither torch nor the readers.
 """
 
-from otcxr.packing.collection import PackConfig, Packed, pack_collection
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from otcxr.packing.collection import PackConfig, Packed, pack_collection
 
 __all__ = ["PackConfig", "Packed", "pack_collection"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'otcxr.packing' has no attribute '{name}'")
+    return getattr(importlib.import_module("otcxr.packing.collection"), name)

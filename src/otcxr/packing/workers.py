@@ -7,21 +7,21 @@ killed, the file is set aside with the reason, and another worker takes its plac
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import NamedTuple
 
 from otcxr.errors import DataError, OtcxrError
 from otcxr.packing.reduce import Reduced, Task, reduce_image, thumbnail
 
-__all__ = ["Failure", "decode_all"]
+__all__ = ["Failure", "decode_all", "work"]
 
 _PIPE = 1 << 20  # bytes a worker can leave without waiting for the reader
 _WINDOW = 16  # tasks under way for each worker, done ones that wait for an earlier one included
@@ -39,7 +39,7 @@ class Failure(NamedTuple):
 
 @dataclass
 class _Worker:
-    process: Any
+    process: subprocess.Popen[bytes]
     tasks: Connection
     results: Connection
     born: float
@@ -52,7 +52,6 @@ class _Team:
     """The workers, and what they are at."""
 
     def __init__(self, workers: int, memory_gb: float, timeout_s: float) -> None:
-        self._context = multiprocessing.get_context("spawn")
         self._memory_gb, self._timeout_s = memory_gb, timeout_s
         self._stillborn = 0
         self.returned: deque[tuple[int, Task]] = deque()  # tasks of workers that died at another one
@@ -70,8 +69,8 @@ class _Team:
         """Wait for a result, a death or the end of somebody's time, and settle what there is."""
         now = time.monotonic()
         ends = [self._end(worker) for worker in self.workers if worker.given or not worker.ready]
-        things = [thing for worker in self.workers for thing in (worker.results, worker.process.sentinel)]
-        wait(things, timeout=max(0.0, min(ends, default=now) - now))
+        # the end of a process closes its pipe, which can then be read to its end
+        wait([worker.results for worker in self.workers], timeout=max(0.0, min(ends, default=now) - now))
         for place, worker in enumerate(self.workers):
             alive = True
             try:
@@ -79,9 +78,10 @@ class _Team:
                     self._take(worker, worker.results.recv())
             except (EOFError, OSError):
                 alive = False
-            if not alive or not worker.process.is_alive():
-                worker.process.join(5)
-                self._bury(place, _death(worker.process.exitcode, self._memory_gb))
+            if not alive:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.process.wait(5)
+                self._bury(place, _death(worker.process.poll(), self._memory_gb))
             elif (worker.given or not worker.ready) and time.monotonic() > self._end(worker):
                 self._bury(place, f"it was not decoded within {self._timeout_s:g} s")
 
@@ -89,7 +89,7 @@ class _Team:
         for worker in self.workers:
             worker.process.kill()
         for worker in self.workers:
-            worker.process.join()
+            worker.process.wait()
             worker.tasks.close()
             worker.results.close()
 
@@ -109,7 +109,7 @@ class _Team:
         """Set the file aside that a worker was at, give back what else it had, and start another one."""
         worker = self.workers[place]
         worker.process.kill()
-        worker.process.join()
+        worker.process.wait()
         worker.tasks.close()
         worker.results.close()
         if worker.ready and worker.given:
@@ -124,16 +124,18 @@ class _Team:
         self.workers[place] = self._start()
 
     def _start(self) -> _Worker:
-        task_end, tasks = self._context.Pipe(duplex=False)
-        results, result_end = self._context.Pipe(duplex=False)
+        task_end, tasks = Pipe(duplex=False)
+        results, result_end = Pipe(duplex=False)
         with contextlib.suppress(ImportError, AttributeError, OSError):
             import fcntl
 
             fcntl.fcntl(result_end.fileno(), fcntl.F_SETPIPE_SZ, _PIPE)
-        process = self._context.Process(
-            target=work, args=(task_end, result_end, self._memory_gb), daemon=True, name="otcxr pack worker"
-        )
-        process.start()
+        ends = task_end.fileno(), result_end.fileno()
+        # a plain process: multiprocessing's would import the caller's script again
+        call = f"from otcxr.packing.workers import work; work({ends[0]}, {ends[1]}, {self._memory_gb!r})"
+        path = os.pathsep.join(place for place in sys.path if place)
+        process = subprocess.Popen([sys.executable, "-c", call], pass_fds=ends, stdin=subprocess.DEVNULL,
+                                   env={**os.environ, "PYTHONPATH": path})  # fmt: skip
         task_end.close()
         result_end.close()
         return _Worker(process, tasks, results, time.monotonic())
@@ -181,8 +183,9 @@ def decode_all(
         team.stop()
 
 
-def work(tasks: Connection, results: Connection, memory_gb: float) -> None:
-    """What a worker does until its tasks end."""
+def work(tasks_end: int, results_end: int, memory_gb: float) -> None:
+    """What a worker does until its tasks end; of the pipes it has the descriptors."""
+    tasks, results = Connection(tasks_end, writable=False), Connection(results_end, readable=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the one who watches stops the others
     _die_with_parent()
     import cv2
