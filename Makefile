@@ -12,7 +12,7 @@ help:
 	@echo "make demo       phantoms -> encoder -> probe -> pictures -> report, some minutes on two cores"
 	@echo "make test       the default tests"
 	@echo "make test-slow  the slow ones too"
-	@echo "make fuzz       1,000,000 random transport problems with every back end, some minutes"
+	@echo "make fuzz       random transport problems with every back end, damaged files and tables; a quarter of an hour"
 	@echo "make lint       ruff, mypy strict, architecture test"
 
 $(READY): pyproject.toml constraints.txt
@@ -35,6 +35,7 @@ test-slow: $(READY)
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz_ot.py --problems 1000000 --seed 0
 	$(BIN)/python tests/fuzz_ot.py --problems 1000000 --seed 1
+	$(BIN)/python tests/fuzz_data.py --inputs 100000
 
 lint: $(READY)
 	$(BIN)/ruff check .

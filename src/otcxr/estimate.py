@@ -112,8 +112,8 @@ class Estimate(NamedTuple):
             f"training  {whole} from a pack: {train.epochs} epochs of {batch} images a step on {self.device} ({how})"
         )
         if self.decode_s:
-            said.append(f"          {anew} without one: {1 - self.cached:.0%} of the images decoded anew in every epoch "
-                        f"(data.cache_gb {self.config.data.cache_gb:g})")  # fmt: skip
+            said.append(f"          {anew} without one: {1 - self.cached:.0%} of the images decoded anew in every "
+                        f"epoch (data.cache_gb {self.config.data.cache_gb:g})")  # fmt: skip
         enough = need <= _ROOM * self.free
         said.append(f"memory    {_size(need)} of {_size(self.free)} that are free at train.batch_size {batch}"
                     + ("" if enough else ": too much"))  # fmt: skip

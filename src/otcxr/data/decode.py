@@ -26,6 +26,7 @@ __all__ = [
     "decode_file",
     "full_scale",
     "is_dicom",
+    "jpeg_size",
     "png_size",
     "read_bytes",
     "refuse_size",
@@ -211,7 +212,7 @@ def _decode(data: bytes, path: Path) -> tuple[NDArray[Any], NDArray[np.bool_] | 
     elif data.startswith(b"\xff\xd8"):
         if not _jpeg_ends(data):
             raise DataError(f"{path} is a JPEG that is cut short ({len(data)} bytes, no end marker); copy it again")
-        kind, size = "JPEG", _jpeg_size(data)
+        kind, size = "JPEG", jpeg_size(data)
     elif data.startswith(_TIFF_STARTS):
         kind, tags = "TIFF", _tiff_tags(data)
         if not _tiff_ends(data, tags):
@@ -283,12 +284,12 @@ def _jpeg_ends(data: bytes) -> bool:
     return False
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of the frame header: markers C0 to CF but for C4, C8 and CC."""
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) that the frame header of a JPEG (markers C0 to CF but for C4, C8, CC) or JPEG-LS (F7) states."""
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
             height, width = struct.unpack(">HH", data[at + 5 : at + 9])
             return width, height
         at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")

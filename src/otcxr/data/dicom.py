@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import struct
 import threading
 import warnings
 from datetime import date
@@ -19,7 +20,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from otcxr.data.decode import About, refuse_size
+from otcxr.data.decode import About, jpeg_size, refuse_size
 from otcxr.errors import DataError
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def _header(dataset: Dataset) -> Header:
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else str(value).strip()
+    """A value as one line: a damaged header may hold anything."""
+    return "" if value is None else "".join(c if c.isprintable() else " " for c in str(value)).strip()[:256]
 
 
 def _age(dataset: Dataset) -> float | None:
@@ -202,9 +204,9 @@ def _decode(
     dataset: Dataset, where: str
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None, tuple[float, float] | None]:
     if "PixelData" not in dataset:
-        kind = dataset.get("SOPClassUID", "unknown")
+        kind = _text(dataset.get("SOPClassUID", "unknown"))
         raise DataError(f"{where} has no pixels or is cut short (SOP class {kind}); leave it out or copy it again")
-    photometric = str(dataset.get("PhotometricInterpretation", ""))
+    photometric = _text(dataset.get("PhotometricInterpretation"))
     frames = int(dataset.get("NumberOfFrames", 1) or 1)
     if frames != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise DataError(
@@ -212,6 +214,10 @@ def _decode(
             "expected one frame of MONOCHROME1 or MONOCHROME2: convert it or leave it out"
         )
     refuse_size(int(dataset.Rows), int(dataset.Columns), where)
+    _refuse_other_size(dataset, where)
+    if str(dataset.file_meta.TransferSyntaxUID).startswith("1.2.840.10008.1.2.4.9"):
+        # JPEG 2000: GDCM, which pydicom asks first, ends the process where a header does not fit its picture
+        dataset.pixel_array_options(decoding_plugin="pylibjpeg")
     stored = dataset.pixel_array
     if stored.ndim != 2 or stored.dtype.kind not in "iu":
         raise DataError(f"{where} has pixels of shape {stored.shape} and type {stored.dtype}; expected rows and "
@@ -223,6 +229,24 @@ def _decode(
     if padding is not None:
         valid = ~padding if valid is None else valid & ~padding
     return scaled, valid, _spacing(dataset)
+
+
+def _refuse_other_size(dataset: Dataset, where: str) -> None:
+    """Raise DataError where a compressed picture has another size than the header says: GDCM ends the process there."""
+    if not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        return
+    from pydicom.encaps import get_frame
+
+    frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    size = None
+    if frame.startswith(b"\xff\xd8"):
+        size = jpeg_size(frame)
+    elif frame.startswith(b"\xff\x4f\xff\x51") and len(frame) >= 24:  # JPEG 2000: extent and offset of the grid
+        right, lower, left, upper = struct.unpack(">4I", frame[8:24])
+        size = right - left, lower - upper
+    if size is not None and size != (int(dataset.Columns), int(dataset.Rows)):
+        raise DataError(f"{where} states {dataset.Rows} x {dataset.Columns} pixels, its compressed picture has "
+                        f"{size[1]} x {size[0]}; copy it again or convert it")  # fmt: skip
 
 
 def window_pixels(

@@ -121,7 +121,7 @@ def open_shard(folder: str, name: str) -> NDArray[Any]:
     path = Path(folder, "shards", name)
     try:
         shard: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, OverflowError, MemoryError) as error:
+    except Exception as error:  # numpy reads the header as Python, and raises what that raises
         raise DataError(f"{path} is no shard of a pack: {error}; copy it again, or pack anew") from error
     if shard.ndim != 1 or shard.dtype not in (np.uint8, np.uint16):
         raise DataError(f"{path} holds {shard.dtype} of shape {shard.shape}; expected one row of 8- or 16-bit pixels")
