@@ -14,7 +14,7 @@ def test_the_watching_notices_everything():
     """A process that ends is followed by another one, whose first input is its own first."""
     found = fuzz(7, kinds=["trouble"])
     assert [line.split("--first ")[1].split(" --inputs 1: ") for line in found] == [
-        ["2", "KeyError: 'forgotten'"], ["3", r"its message is no line: 'two\\nlines'"],
+        ["2", "KeyError: 'forgotten'"], ["3", "its message is no line: 'two\\nlines'"],
         ["4", found[2].split("--inputs 1: ")[1]], ["5", "ended its process (-6)"],
     ]  # fmt: skip
     assert "MemoryError" in found[2]
