@@ -320,6 +320,8 @@ def make_table(folder: Path) -> Callable[[np.random.Generator], None]:
         root.mkdir()
         getattr(collections, name)(root)
         places += [(f"{name}:{root}", path) for path in root.glob("*.csv")]
+    root = collections.physionet(folder / "physionet")
+    places += [(f"vindr:{root}", path) for path in root.glob("annotations/*.csv")]
     root = folder / "mimic"
     root.mkdir()
     collections.mimic(root, zipped=True)

@@ -111,6 +111,59 @@ def test_tables_of_vindr_that_make_no_sense(tmp_path, line, says):
         open_collection(f"vindr:{vindr(tmp_path, [line])}")
 
 
+def physionet(root, extra=()):
+    """The edition of PhysioNet: labels by reader, boxes, a test set by consensus with another name for other diseases."""
+    folder = root / "annotations"
+    folder.mkdir(parents=True)
+    lines = ["image_id,rad_id,Nodule/Mass,Edema,Other diseases,No finding"]
+    lines += ["aa,R1,0,0,0,1", "aa,R2,0,,0,1", "aa,R3,0.0,0,1.0,0"]
+    lines += ["bb,R1,1,1,0,0", "bb,R2,1,0,0,0", "bb,R4,0,0,0,1", *[f"gone,R{k},0,0,0,1" for k in (1, 2, 3)]]
+    (folder / "image_labels_train.csv").write_text("\n".join([*lines, *extra]) + "\n")
+    lines = ["image_id,rad_id,class_name,x_min,y_min,x_max,y_max", "aa,R1,No finding,,,,", "bb,R1,Nodule/Mass,1,2,5,8",
+             "bb,R2,Nodule/Mass,1,2,6,8", "bb,R1,Edema,0,0,9,9", "aa,R3,Other disease,1,1,2,2"]  # fmt: skip
+    (folder / "annotations_train.csv").write_text("\n".join(lines) + "\n")
+    (folder / "image_labels_test.csv").write_text("image_id,Nodule/Mass,Edema,Other disease,No finding\ncc,0,0,1,0\n")
+    lines = ("image_id,class_name,x_min,y_min,x_max,y_max", "cc,Other disease,3,4,5,6", "")
+    (folder / "annotations_test.csv").write_text("\n".join(lines))
+    for split, names in (("train", ("aa", "bb")), ("test", ("cc", "dd"))):
+        for name in names:
+            image(root / split / f"{name}.png")
+    return root
+
+
+@pytest.mark.parametrize(("votes", "of_a", "of_b", "boxes"), [
+    (1, {"Other diseases"}, {"Nodule/Mass", "Edema"}, 3), (2, set(), {"Nodule/Mass"}, 2), (3, set(), set(), 0),
+])  # fmt: skip
+def test_vindr_of_physionet(tmp_path, votes, of_a, of_b, boxes):
+    found = open_collection(f"vindr:{physionet(tmp_path)},votes={votes}")
+    assert found.findings == ("Nodule/Mass", "Edema", "Other diseases")
+    a, b, c = found.records
+    for record, present in ((a, of_a), (b, of_b), (c, {"Other diseases"})):
+        assert {f for f, v in record.labels.items() if v} == present
+        assert set(record.labels) == set(found.findings)
+    assert len(b.boxes) == boxes
+    assert c.boxes == (Box("Other diseases", 3, 4, 2, 2),)
+    assert (c.split, {a.split, b.split} <= {"train", "val"}) == ("test", True)
+    assert {(s.image, s.reason) for s in found.skipped} == {
+        ("gone", "missing"), ("dd.png", "not listed in image_labels_*.csv")}  # fmt: skip
+    assert any(f"{votes} of 3 readers" in note and f"{len(of_a) + len(of_b)} pairs" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ("ee,R1,0,0,0,1", "ee has 1 readers; expected 3"), ("bb,R9,0,x,0,1", "'x' in column 'Edema'"),
+])  # fmt: skip
+def test_tables_of_physionet_that_make_no_sense(tmp_path, line, says):
+    with pytest.raises(DataError, match=says):
+        open_collection(f"vindr:{physionet(tmp_path, [line])}")
+
+
+def test_tables_of_physionet_without_their_columns(tmp_path):
+    path = physionet(tmp_path) / "annotations" / "image_labels_train.csv"
+    path.write_text(path.read_text().replace("rad_id", "reader"))
+    with pytest.raises(DataError, match="no column 'image_id' or rad_id"):
+        open_collection(f"vindr:{tmp_path}")
+
+
 @real
 def test_the_real_table_of_vinbigdata(tmp_path):
     table = LABELS / "vinbigdata-train.csv.gz"

@@ -12,7 +12,7 @@ from pathlib import Path
 from otcxr.data.decode import IMAGE_SUFFIXES
 from otcxr.errors import DataError, did_you_mean
 
-__all__ = ["first_file", "image_files", "parse_options", "read_rows"]
+__all__ = ["first_file", "image_files", "parse_options", "read_header", "read_rows"]
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -20,15 +20,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
     Raises: DataError: not readable, not UTF-8, a column is missing, or a row is shorter than the columns ask for.
     """
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8 CSV"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}; copy it again") from error
+    text = _text(path)
     try:
         reader = csv.reader(io.StringIO(text))
         header = [name.strip() for name in next(reader, [])]
@@ -47,6 +39,30 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     except csv.Error as error:
         raise DataError(f"{path} is no CSV: {error}") from error
     return rows
+
+
+def read_header(path: Path) -> list[str]:
+    """Names of the columns of a CSV, perhaps compressed.
+
+    Raises: DataError: as :func:`read_rows`.
+    """
+    try:
+        return [name.strip() for name in next(csv.reader(io.StringIO(_text(path))), [])]
+    except csv.Error as error:
+        raise DataError(f"{path} is no CSV: {error}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8 CSV"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}; copy it again") from error
+    return text
 
 
 def parse_options(text: str, known: Mapping[str, Sequence[str]]) -> tuple[Path, dict[str, str]]:
