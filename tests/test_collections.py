@@ -112,7 +112,7 @@ def test_tables_of_vindr_that_make_no_sense(tmp_path, line, says):
 
 
 def physionet(root, extra=()):
-    """The edition of PhysioNet: labels by reader, boxes, a test set by consensus with another name for other diseases."""
+    """The edition of PhysioNet: labels by reader, boxes, a test set by consensus, other names of diseases."""
     folder = root / "annotations"
     folder.mkdir(parents=True)
     lines = ["image_id,rad_id,Nodule/Mass,Edema,Other diseases,No finding"]

@@ -157,6 +157,12 @@ def nih_error(root, match):
         read_nih(str(root))
 
 
+def test_nih_without_a_patient(tmp_path):
+    nih_error(
+        nih(tmp_path / "gap", rows=(ROWS[0].replace(",0,1,", ",0,,"), *ROWS[1:])), "names no patient for 00000001_000"
+    )
+
+
 def test_nih_errors_say_what_is_wrong(tmp_path):
     nih_error(tmp_path / "nowhere", "no such folder: .*nowhere; expected the folder that holds Data_Entry")
     (tmp_path / "empty").mkdir()

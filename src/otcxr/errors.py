@@ -11,14 +11,24 @@ from collections.abc import Iterable
 __all__ = ["CheckpointError", "ConfigError", "DataError", "MissingExtra", "OtcxrError", "StorageError", "did_you_mean"]
 
 
+_LONGEST = 1600  # signs of a message
+
+
 class OtcxrError(Exception):
     """Base of all errors that otcxr raises on purpose.
+
+    A message is one line: what it quotes of a damaged file may hold anything, and as much as the file.
 
     Attributes:
         told_elsewhere: Several processes raised this together and another one, process 0, shows it.
     """
 
     told_elsewhere: bool = False
+
+    def __init__(self, message: str = "") -> None:
+        # bytes of file names that are no text (surrogates) stay: lists write them in escaped form
+        line = "".join(c if c.isprintable() or "\ud800" <= c <= "\udfff" else " " for c in message)
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}")
 
 
 class ConfigError(OtcxrError):

@@ -62,6 +62,10 @@ def read_nih(text: str) -> Collection:
         if name in seen:
             raise DataError(f"{table} names {name} twice; remove one of the lines")
         seen.add(name)
+        if not row["Patient ID"]:
+            raise DataError(
+                f"{table} names no patient for {name}; fill column 'Patient ID': splits and intervals go by it"
+            )
         if name not in images:
             skipped.append(Skipped(name, "missing", splits.get(name, "")))
             continue

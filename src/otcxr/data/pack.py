@@ -342,11 +342,11 @@ def _refuse_nonsense(table: pa.Table, facts: dict[str, Any]) -> None:
 
     if len(table) != facts["rows"]:
         raise ValueError(f"it has {len(table)} rows, pack.json says {facts['rows']}")
-    if len(table) and (pc.min(table.column("height")).as_py() < 1 or pc.min(table.column("width")).as_py() < 1):
-        raise ValueError("a picture of it has no pixels")
     for name in ("id", "study", "patient", "shard", "offset", "height", "width", "digest", "valid_share"):
         if table.column(name).null_count:
             raise ValueError(f"column '{name}' has gaps")
+    if len(table) and (pc.min(table.column("height")).as_py() < 1 or pc.min(table.column("width")).as_py() < 1):
+        raise ValueError("a picture of it has no pixels")
     if unknown := set(pc.unique(table.column("age").cast("string")).to_pylist()) - {*AGE_BANDS, None}:
         raise ValueError(f"'{unknown.pop()}' is no band of ages")
 

@@ -105,8 +105,8 @@ def _read_physionet(name: str, root: Path, folder: Path, votes: int) -> Collecti
             labels = {finding: int(finding in present) for finding in of}
             records.append(Record(files[image], image, image, source="vindr", labels=labels, boxes=kept, split=place))
         if split == "train" and (wrong := next((i for i, n in readers.items() if n != _READERS), None)):
-            raise DataError(f"{tables[0]}: {wrong} has {readers[wrong]} readers; expected {_READERS}, so that votes can "
-                            "be counted")  # fmt: skip
+            raise DataError(f"{tables[0]}: {wrong} has {readers[wrong]} readers; expected {_READERS}, so that votes "
+                            "can be counted")  # fmt: skip
     positives = sum(sum(record.labels.values()) for record in records if record.split != "test")
     stray = [Skipped(path.name, "not listed in image_labels_*.csv") for key, path in files.items() if key not in listed]
     notes = (
@@ -119,7 +119,7 @@ def _read_physionet(name: str, root: Path, folder: Path, votes: int) -> Collecti
 
 
 def _votes_of(table: Path, *, by_readers: bool) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """Image -> finding -> how many rows say 1; image -> rows. All columns but the names and *No finding* are findings."""
+    """Image -> finding -> how many rows say 1; image -> rows. Columns are findings, but names and *No finding*."""
     header = read_header(table)
     who = next((column for column in header if column.lower() == "rad_id"), None)
     if "image_id" not in header or (by_readers and who is None):
