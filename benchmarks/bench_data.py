@@ -34,6 +34,7 @@ from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from otcxr.data.dicom import window_pixels
 from otcxr.data.pack import file_digest, open_index, read_pack
 from otcxr.files import write_atomic
+from otcxr.memory import keep_memory
 from otcxr.packing import PackConfig, pack_collection
 from otcxr.runs import describe_environment
 
@@ -181,10 +182,13 @@ check = time.perf_counter() - start
 import torch
 from torch.utils.data import DataLoader
 from otcxr.data.view_spec import ViewsConfig
+from otcxr.memory import release_memory
+def keep_little(worker):
+    release_memory()
 torch.set_num_threads(1)
 sampler = EpochBatches(checked.usable, 64, 0)
 views = ViewDataset(training.records, checked.usable, ViewsConfig(size=224), 0, PixelCache(2.0, bits=8))
-loader = DataLoader(views, batch_sampler=sampler, collate_fn=join_views, num_workers=2)
+loader = DataLoader(views, batch_sampler=sampler, collate_fn=join_views, num_workers=2, worker_init_fn=keep_little)
 def private(pid):
     lines = open(f"/proc/{pid}/smaps_rollup").read().splitlines()
     kept = [line.split() for line in lines if line.startswith(("Private", "Rss", "Anon"))]
@@ -219,6 +223,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=OUT)
     words = parser.parse_args()
+    keep_memory()  # as the command line does
     cv2.setNumThreads(1)
     count, reads, rows, batches = (60, 500, 20_000, 5) if words.quick else (1200, 20_000, 1_000_000, 200)
     with tempfile.TemporaryDirectory() as temporary:

@@ -118,7 +118,7 @@ MAY_IMPORT = {
     "health": "methods.base data.geometry ot",
     "probes": "methods.base data runs files errors",
     "settings": "methods data optim config errors",
-    "faults": "errors",
+    "faults": "errors memory",
     "launch": "distributed settings errors",
     "loggers": "config console errors",
     "loop": LOOP,

@@ -12,8 +12,9 @@ from types import FrameType
 import torch
 
 from otcxr.errors import OtcxrError
+from otcxr.memory import release_memory
 
-__all__ = ["Collapsed", "Interrupted", "explain_fault", "ignore_signals", "stop_request"]
+__all__ = ["Collapsed", "Interrupted", "begin_worker", "explain_fault", "stop_request"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; the end of a job; SLURM's notice before it
 
@@ -47,11 +48,13 @@ def stop_request() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def ignore_signals(worker: int) -> None:
-    """Let a loader process ignore requests to stop: they reach the whole group, and the training still needs it.
+def begin_worker(worker: int) -> None:
+    """What a loader process does first: ignore requests to stop, and keep no memory that it has freed.
 
-    It ends with the training, or when it finds that the training is gone.
+    Requests to stop reach the whole group, and the training still needs its loaders: they end with the training, or
+    when they find that it is gone.
     """
+    release_memory()
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -36,7 +36,7 @@ from otcxr.data.records import Collection, Record, Skipped
 from otcxr.data.views_device import ViewRequest, device_views
 from otcxr.distributed import agree, alone, everyone, mean_over_processes, process, processes, together
 from otcxr.errors import OtcxrError, StorageError
-from otcxr.faults import Collapsed, Interrupted, explain_fault, ignore_signals, stop_request
+from otcxr.faults import Collapsed, Interrupted, begin_worker, explain_fault, stop_request
 from otcxr.health import Watch, observe, verdict
 from otcxr.launch import full_state, restore_optimizer, set_up
 from otcxr.loggers import Loggers
@@ -113,7 +113,7 @@ class Training:
         self.loader = DataLoader(
             ViewDataset(records, data.usable, config.views, config.seed, data.cache),
             batch_sampler=self.sampler, collate_fn=join_views, num_workers=config.data.workers,
-            pin_memory=fabric.device.type == "cuda", worker_init_fn=ignore_signals,
+            pin_memory=fabric.device.type == "cuda", worker_init_fn=begin_worker,
             generator=torch.Generator(),  # else every epoch would take a number from the global stream
         )  # fmt: skip
         self.steps = len(self.sampler)  # an epoch

@@ -78,7 +78,7 @@ class PackedImage(NamedTuple):
         Raises: DataError: the shard is missing or shorter than the index says.
         """
         count = self.height * self.width
-        flat = _cut(self.folder, f"{self.shard:06d}.npy", self.offset, count, self.id)
+        flat = _cut(_pixels(self.folder, self.shard), self.offset, count, self.id)
         valid = None if self.valid is None else _bits(self.folder, *self.valid, self.height, self.width, self.id)
         return Stored(flat.reshape(self.height, self.width), valid, self.spacing)
 
@@ -128,16 +128,20 @@ def open_shard(folder: str, name: str) -> NDArray[Any]:
     return shard.view(np.ndarray)  # a plain array over the same map: slices of it are cheaper
 
 
-def _cut(folder: str, name: str, offset: int, count: int, what: str) -> NDArray[Any]:
-    shard = open_shard(folder, name)
+@lru_cache(maxsize=4096)
+def _pixels(folder: str, shard: int) -> NDArray[Any]:
+    return open_shard(folder, f"{shard:06d}.npy")
+
+
+def _cut(shard: NDArray[Any], offset: int, count: int, what: str) -> NDArray[Any]:
     if offset < 0 or count < 0 or offset + count > len(shard):
-        raise DataError(f"{folder}: {what} lies at {offset} to {offset + count} of {name}, which has {len(shard)} "
-                        "elements; copy the pack again")  # fmt: skip
+        raise DataError(f"{what} lies at {offset} to {offset + count} of a shard that has {len(shard)} elements; copy "
+                        "the pack again")  # fmt: skip
     return shard[offset : offset + count]
 
 
 def _bits(folder: str, shard: int, offset: int, height: int, width: int, what: str) -> NDArray[np.bool_]:
-    packed = _cut(folder, f"bits-{shard:06d}.npy", offset, -(-height * width // 8), what)
+    packed = _cut(open_shard(folder, f"bits-{shard:06d}.npy"), offset, -(-height * width // 8), what)
     return np.unpackbits(packed, count=height * width).view(np.bool_).reshape(height, width)
 
 
@@ -181,7 +185,7 @@ class PackRecords(Sequence[Record]):
     def __iter__(self) -> Iterator[Record]:
         return (self._record(int(row)) for row in self._rows)
 
-    def take(self, indices: Sequence[int]) -> PackRecords:
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> PackRecords:
         """Some of them, in this order."""
         rows = self._rows[np.asarray(indices, dtype=np.int64)]
         return PackRecords(self._folder, self._table, self._findings, rows)
@@ -189,8 +193,7 @@ class PackRecords(Sequence[Record]):
     def column(self, name: str) -> list[Any]:
         """One field of all records, without making them: name, study, patient, sex, view, split, source, labelled."""
         if name == "labelled":
-            every = [self._columns[_LABEL + finding] >= 0 for finding in self._findings]
-            known = np.logical_or.reduce(every) if every else np.zeros(len(self._table), dtype=np.bool_)
+            known = np.asarray((self._columns.labels >= 0).any(axis=1))
             found: list[Any] = known[self._rows].tolist()
             return found
         name = "id" if name == "name" else name
@@ -198,6 +201,19 @@ class PackRecords(Sequence[Record]):
 
         values: list[Any] = self._table.column(name).take(pa.array(self._rows)).to_pylist()
         return ["" if v is None else v for v in values] if name == "split" else values
+
+    def coded(self, name: str) -> tuple[NDArray[np.int64], list[Any]]:
+        """One field of all records as numbers, and what they stand for."""
+        import pyarrow as pa
+
+        column = self._table.column(name)
+        if not pa.types.is_dictionary(column.type):
+            column = column.dictionary_encode()
+        column = column.combine_chunks()
+        terms = ["" if name == "split" and v is None else v for v in [*column.dictionary.to_pylist(), None]]
+        codes = column.indices.fill_null(len(terms) - 1).to_numpy()[self._rows].astype(np.int64)
+        present, again = np.unique(codes, return_inverse=True)
+        return again, [terms[code] for code in present.tolist()]
 
     def checked(self) -> tuple[NDArray[np.float32], NDArray[np.uint64]]:
         """Share of valid pixels, and a number for the contents, of each row, as found when it was packed."""
@@ -210,69 +226,92 @@ class PackRecords(Sequence[Record]):
 
     def _record(self, row: int) -> Record:
         get = self._columns
-        shard, offset, height, width = (int(get[name][row]) for name in ("shard", "offset", "height", "width"))
-        valid = None if get["valid_shard"][row] < 0 else (int(get["valid_shard"][row]), int(get["valid_offset"][row]))
-        spacing = (float(get["spacing_row"][row]), float(get["spacing_column"][row]))
-        known = spacing if spacing[0] > 0 else None
-        name = self._table.column("id")[row].as_py()
-        labels = {finding: int(get[_LABEL + finding][row]) for finding in self._findings
-                  if get[_LABEL + finding][row] >= 0}  # fmt: skip
+        name = get.names["id"][row].as_py()
+        shard, offset, height, width, valid_shard, valid_offset = get.places[row].tolist()
+        spacing = None if get.spacing[row, 0] <= 0 else tuple(get.spacing[row].tolist())
+        valid = None if valid_shard < 0 else (valid_shard, valid_offset)
+        labels = {f: value for f, value in zip(self._findings, get.labels[row].tolist(), strict=True) if value >= 0}
         boxes: tuple[Box, ...] = ()
-        if get["has_boxes"][row]:
+        if get.boxed[row]:
             boxes = tuple(Box(**box) for box in self._table.column("boxes")[row].as_py())
         masks: dict[str, ImageRef] = {}
-        if get["has_masks"][row]:
+        if get.masked[row]:
             masks = {
                 m["name"]: PackedMask(self._folder, f"{name} {m['name']}", m["shard"], m["offset"], height, width)
                 for m in self._table.column("masks")[row].as_py()
             }
-        band = self._text("age", row)
+        words = get.words
         return Record(
-            image=PackedImage(self._folder, name, shard, offset, height, width, valid, known),
-            study=self._table.column("study")[row].as_py(), patient=self._table.column("patient")[row].as_py(),
-            sex=self._text("sex", row), age=_middle(band), view=self._text("view", row),
-            source=self._text("source", row) or "", spacing=known, labels=labels, boxes=boxes, masks=masks,
-            split=self._text("split", row) or "",
+            PackedImage(self._folder, name, shard, offset, height, width, valid, spacing),
+            get.names["study"][row].as_py(), get.names["patient"][row].as_py(), words["sex"][row],
+            _MIDDLES[words["age"][row]], words["view"][row], words["source"][row] or "", spacing, labels, boxes, masks,
+            words["split"][row] or "",
         )  # fmt: skip
 
-    def _text(self, name: str, row: int) -> str | None:
-        value: str | None = self._columns[name][row]
-        return value
-
     @property
-    def _columns(self) -> dict[str, Any]:
+    def _columns(self) -> _Columns:
         return _columns(self._folder, self._table, self._findings)
 
 
-# arrays of the columns that every record needs, by the pack they are of
-_ARRAYS: dict[str, tuple[Any, dict[str, Any]]] = {}
+class _Columns(NamedTuple):
+    """Arrays of what every record needs: making one must not cost more than reading its pixels.
+
+    Attributes:
+        names: id, study, patient.
+        places: (N, 6): shard, offset, height, width, shard and offset of the validity (-1: all valid).
+        spacing: (N, 2), -1 where it is not known.
+        labels: (N, findings), -1 where one is not assessed.
+        words: sex, age, view, source, split.
+        boxed, masked: Whether a row has any.
+    """
+
+    names: dict[str, Any]
+    places: NDArray[np.int64]
+    spacing: NDArray[np.float64]
+    labels: NDArray[np.int8]
+    words: dict[str, NDArray[np.object_]]
+    boxed: NDArray[np.bool_]
+    masked: NDArray[np.bool_]
 
 
-def _columns(folder: str, table: pa.Table, findings: tuple[str, ...]) -> dict[str, Any]:
-    known = _ARRAYS.get(folder)
+_KNOWN: dict[str, tuple[Any, _Columns]] = {}  # of the packs that are open, by folder
+
+
+def _columns(folder: str, table: pa.Table, findings: tuple[str, ...]) -> _Columns:
+    known = _KNOWN.get(folder)
     if known is not None and known[0] is table:
         return known[1]
     import pyarrow.compute as pc
 
-    arrays: dict[str, Any] = {
-        name: table.column(name).fill_null(-1).to_numpy()
-        for name in ("shard", "offset", "height", "width", "valid_shard", "valid_offset", "spacing_row",
-                     "spacing_column", *(_LABEL + finding for finding in findings))
-    }  # fmt: skip
+    def numbers(*names: str, kind: type[np.generic]) -> NDArray[Any]:
+        out = np.empty((len(table), len(names)), dtype=kind)
+        for place, name in enumerate(names):
+            out[:, place] = table.column(name).fill_null(-1).to_numpy()
+        return out
+
+    words = {}
     for name in ("sex", "age", "view", "source", "split"):
         column = table.column(name).combine_chunks()
-        words = np.array([*column.dictionary.to_pylist(), None], dtype=object)
-        arrays[name] = words[column.indices.fill_null(len(words) - 1).to_numpy()]
-    for name in ("boxes", "masks"):
-        arrays[f"has_{name}"] = pc.list_value_length(table.column(name)).fill_null(0).to_numpy() > 0
-    _ARRAYS[folder] = (table, arrays)
-    return arrays
+        terms = np.array([*column.dictionary.to_pylist(), None], dtype=object)
+        words[name] = terms[column.indices.fill_null(len(terms) - 1).to_numpy()]
+    columns = _Columns(
+        names={name: table.column(name).combine_chunks() for name in ("id", "study", "patient")},
+        places=numbers("shard", "offset", "height", "width", "valid_shard", "valid_offset", kind=np.int64),
+        spacing=numbers("spacing_row", "spacing_column", kind=np.float64),
+        labels=numbers(*(_LABEL + finding for finding in findings), kind=np.int8),
+        words=words,
+        boxed=pc.list_value_length(table.column("boxes")).fill_null(0).to_numpy() > 0,
+        masked=pc.list_value_length(table.column("masks")).fill_null(0).to_numpy() > 0,
+    )
+    _KNOWN[folder] = (table, columns)
+    return columns
 
 
-def _middle(band: str | None) -> float | None:
-    if band is None:
-        return None
-    return 95.0 if band == "90+" else float(band.split("-")[0]) + 5
+_MIDDLES: dict[str | None, float | None] = {
+    None: None,
+    "90+": 95.0,
+    **{f"{low}-{low + 9}": low + 5.0 for low in range(0, 90, 10)},
+}
 
 
 @lru_cache(maxsize=8)

@@ -26,6 +26,7 @@ __all__ = [
     "StoredImage",
     "Table",
     "VirtualImage",
+    "coded",
     "column",
     "full_valid",
     "split_by_hash",
@@ -78,7 +79,11 @@ class Table(Protocol):
     """Records that can be asked for one field of all of them, and for a part, without being made."""
 
     def column(self, name: str) -> list[Any]: ...
-    def take(self, indices: Sequence[int]) -> Sequence[Record]: ...
+    def coded(self, name: str) -> tuple[NDArray[np.int64], list[Any]]:
+        """One field of all records as numbers, and what they stand for."""
+        ...
+
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Sequence[Record]: ...
     def checked(self) -> tuple[NDArray[np.float32], NDArray[np.uint64]]:
         """Share of valid pixels, and a number for the contents, of each; whoever stored them has read them all."""
         ...
@@ -89,7 +94,16 @@ def column(records: Sequence[Record], name: str) -> list[Any]:
     return records.column(name) if isinstance(records, Table) else [getattr(record, name) for record in records]
 
 
-def take(records: Sequence[Record], indices: Sequence[int]) -> Sequence[Record]:
+def coded(records: Sequence[Record], name: str) -> tuple[NDArray[np.int64], list[Any]]:
+    """One field of all records as numbers, and what they stand for: a million words take a moment and little memory."""
+    if isinstance(records, Table):
+        return records.coded(name)
+    known: dict[Any, int] = {}
+    codes = [known.setdefault(value, len(known)) for value in column(records, name)]
+    return np.array(codes, dtype=np.int64), list(known)
+
+
+def take(records: Sequence[Record], indices: Sequence[int] | NDArray[np.int64]) -> Sequence[Record]:
     """Some of the records, in this order."""
     return records.take(indices) if isinstance(records, Table) else [records[index] for index in indices]
 
@@ -187,7 +201,7 @@ class Collection(NamedTuple):
     @property
     def has_splits(self) -> bool:
         """Whether any record is in a split."""
-        return any(column(self.records, "split"))
+        return any(coded(self.records, "split")[1])
 
     def split(self, name: str) -> Collection:
         """Return the records of one split.
@@ -195,23 +209,22 @@ class Collection(NamedTuple):
         Raises:
             DataError: No record has this split, or a patient is in this split and in another one.
         """
-        splits = column(self.records, "split")
-        inside = [index for index, split in enumerate(splits) if split == name]
-        if not inside:
+        codes, splits = coded(self.records, "split")
+        if name not in splits or not name:
             known = set(splits) - {""}
             hint = did_you_mean(name, known) if known else "; this source defines no splits"
             raise DataError(f"{self.name} has no record in split '{name}'{hint}")
-        everyone = column(self.records, "patient")
-        patients = {everyone[index] for index in inside}
-        shared = sorted({patient for patient, split in zip(everyone, splits, strict=True)
-                         if split not in ("", name) and patient in patients})  # fmt: skip
+        inside = codes == splits.index(name)
+        elsewhere = ~inside & (codes != (splits.index("") if "" in splits else -1))
+        people, patients = coded(self.records, "patient")
+        shared = sorted(patients[code] for code in np.intersect1d(people[inside], people[elsewhere]).tolist())
         if shared:
             raise DataError(
                 f"{len(shared)} patients of {self.name} are in split '{name}' and in another one (first: {shared[0]}); "
                 "a split must not cut through a patient: mend the split lists"
             )
         skipped = tuple(item for item in self.skipped if item.split in ("", name))
-        return self._replace(records=take(self.records, inside), skipped=skipped)
+        return self._replace(records=take(self.records, np.flatnonzero(inside)), skipped=skipped)
 
 
 def full_valid(image: Tensor) -> Tensor:

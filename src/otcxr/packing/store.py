@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -93,18 +94,13 @@ class Shards:
         self._length += elements.size
         return place
 
-    def sync(self) -> None:
-        """Let the disk have what was written."""
-        if self._file is not None:
-            with _in_words(self._folder):
-                os.fsync(self._file.fileno())
+    def handle(self) -> int | None:
+        """A descriptor of the present shard, to be closed by whom it is given to; None where nothing is open."""
+        return None if self._file is None else os.dup(self._file.fileno())
 
     def finish(self) -> None:
         """Give the present shard its name."""
-        if self._file is not None:
-            self.sync()
-            self._file.close()
-            self._file = None
+        self.close()
         with _in_words(self._folder):
             if self._part(self._number).exists():
                 self._name(self._number, self._length)
@@ -136,6 +132,8 @@ class Shards:
 class Journal:
     """What has been packed since the index was written, a line each; lines reach the disk after the pixels they name.
 
+    Waiting for the disk is left to a thread: decoding goes on.
+
     Args:
         path: The file.
         shards: Those whose pixels the lines name.
@@ -147,22 +145,44 @@ class Journal:
         self._last = time.monotonic()
         with _in_words(path):
             self._file = path.open("ab", buffering=0)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="otcxr journal")
+        self._pending: Future[None] | None = None
 
     def append(self, line: Mapping[str, Any]) -> None:
         self._lines.append(json.dumps(line, separators=(",", ":")) + "\n")
-        if len(self._lines) >= _EVERY or time.monotonic() - self._last > _SECONDS:
-            self.sync()
+        due = len(self._lines) >= _EVERY or time.monotonic() - self._last > _SECONDS
+        late = self._pending is not None and not self._pending.done()
+        if due and (not late or len(self._lines) >= 16 * _EVERY):
+            self._hand_over()
 
     def sync(self) -> None:
-        for shards in self._shards:
-            shards.sync()
-        with _in_words(self._path):
-            self._file.write("".join(self._lines).encode())
-            os.fsync(self._file.fileno())
-        self._lines, self._last = [], time.monotonic()
+        """Return when everything is on the disk."""
+        self._hand_over()
+        if self._pending is not None:
+            self._pending.result()
 
     def close(self) -> None:
+        self._thread.shutdown()
         self._file.close()
+
+    def _hand_over(self) -> None:
+        if self._pending is not None:
+            self._pending.result()  # what it could not do is raised here
+        # descriptors of its own: a shard may be full, and closed, before the thread comes to it
+        handles = [handle for shards in self._shards if (handle := shards.handle()) is not None]
+        self._pending = self._thread.submit(self._write, handles, "".join(self._lines).encode())
+        self._lines, self._last = [], time.monotonic()
+
+    def _write(self, handles: list[int], lines: bytes) -> None:
+        try:
+            with _in_words(self._path):
+                for handle in handles:
+                    os.fsync(handle)
+                self._file.write(lines)
+                os.fsync(self._file.fileno())
+        finally:
+            for handle in handles:
+                os.close(handle)
 
 
 def replay(path: Path) -> list[dict[str, Any]]:
