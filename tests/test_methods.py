@@ -806,6 +806,87 @@ def test_the_mass_term_spreads_the_masses():
     assert losses[-1] < 0.8 * losses[0]
 
 
+ASIDE = {"mass": "score", "mass_gradient": False, "infuse": False}
+
+
+@pytest.mark.parametrize("mass", ["score", "attention"])
+def test_pooling_by_mass_trains_masses_and_encoder(mass):
+    settings = replace(EXPLICIT, **ASIDE | {"mass": mass}, beta=0.0, eta=0.0, mass_weight=0.0, alpha=1.0,
+                       global_weight=1.0, global_pool="mass")  # fmt: skip
+    method = stubbed(settings)
+    grads = gradients(method, method(views()).loss)
+    assert alive(grads["cross_view.query.weight"])
+    assert alive(grads["encoder.maps.0"])
+    if mass == "score":
+        assert alive(grads["score.1.weight"])
+
+
+def test_pooling_by_mass_is_the_weighted_sum():
+    plain = stubbed(replace(EXPLICIT, mass="uniform", infuse=False, global_weight=1.0))
+    pooled = stubbed(replace(EXPLICIT, mass="uniform", infuse=False, global_weight=1.0, global_pool="mass"))
+    a, b = plain(views()), pooled(views())  # uniform masses: the same mean
+    assert torch.allclose(a.loss, b.loss)
+    seen = stubbed(replace(EXPLICIT, **ASIDE, global_weight=1.0, global_pool="mass"))
+    pair = seen._pair(encode_views(seen.encoder, views().views), views(), (0, 1))
+    expected = [sum(m * z for m, z in zip(mass[0], tokens[0], strict=True))
+                for mass, tokens in zip(pair.masses, pair.tokens, strict=True)]  # fmt: skip
+    found = []
+    seen.pooled_projector.register_forward_pre_hook(lambda _, given: found.append(given[0]))
+    seen(views())
+    assert torch.allclose(found[0][0], expected[0])
+    assert torch.allclose(found[0][len(found[0]) // 2], expected[1])
+
+
+def test_masses_that_learn_aside_leave_the_encoder_alone():
+    settings = replace(EXPLICIT, **ASIDE, global_weight=1.0, global_pool="aside", mass_weight=3.0)
+    method = stubbed(settings)
+    grads = gradients(method, method(views()).loss)
+    assert alive(grads["score.1.weight"])
+    assert alive(grads["cross_view.query.weight"])
+    assert alive(grads["aside_projector.layers.0.weight"])
+    assert alive(grads["encoder.maps.0"])  # by the other terms
+    pair = method._pair(encode_views(method.encoder, views().views), views(), (0, 1))
+    masses = torch.autograd.grad(pair.masses[0].square().sum(), list(method.encoder.parameters()), allow_unused=True)
+    assert all(grad is None for grad in masses)
+
+
+def test_a_score_head_needs_something_to_learn_from():
+    for wrong in ({"global_pool": "uniform"}, {"global_pool": "mass", "global_weight": 0.0}):
+        with pytest.raises(ConfigError, match="never learns"):
+            replace(EXPLICIT, **ASIDE, **wrong)
+    with pytest.raises(ConfigError, match="one of uniform, mass, aside, received 'max'"):
+        replace(EXPLICIT, global_pool="max")
+
+
+@pytest.mark.parametrize("radius", [0.5, 2.0])
+def test_a_prior_of_place_is_added_to_the_cost_of_the_plan(radius):
+    """Against a loop over positions and Newton's method; what is shown and judged is without it."""
+    plain = stubbed(replace(EXPLICIT, mass="uniform", infuse=False, place=0.0, tolerance=1e-9, max_iterations=2000))
+    prior = stubbed(replace(plain.settings, place=0.7, place_radius=radius))
+    batch = views()
+    maps = encode_views(plain.encoder, batch.views)
+    without, with_it = plain._pair(maps, batch, (0, 1)), prior._pair(maps, batch, (0, 1), place=0.7)
+    assert torch.equal(without.cost, with_it.cost)
+    first = plain.encoder.first_centre
+    geometry = batch.geometry.double().numpy()
+    for i in range(len(without.cost)):
+        to_t = np.linalg.inv(np.vstack([geometry[1, i], [0, 0, 1]])) @ np.vstack([geometry[0, i], [0, 0, 1]])
+        cost = without.cost[i].double().numpy(force=True).copy()
+        for j in range(16):
+            x, y, _ = to_t @ np.array([(j % 4 + first) / 4, (j // 4 + first) / 4, 1])
+            for k in range(16):
+                away = (4 * x - k % 4 - first) ** 2 + (4 * y - k // 4 - first) ** 2
+                cost[j, k] += 0.7 * (1 - np.exp(-away / (2 * radius**2)))
+        a, b = (mass[i].double().numpy(force=True) for mass in with_it.masses)
+        keep_a, keep_b = a > 0, b > 0
+        expected = sinkhorn_by_newton(cost[np.ix_(keep_a, keep_b)], a[keep_a], b[keep_b], prior.settings.epsilon)[0]
+        found = with_it.plan[i].double().numpy(force=True)[np.ix_(keep_a, keep_b)]
+        assert np.abs(found - expected).max() < 1e-6
+    shown, judged = prior._shown(with_it), prior.match(batch)
+    assert torch.allclose(shown.plan, without.plan, atol=1e-7)
+    assert torch.allclose(judged.plan, plain.match(batch).plan, atol=1e-7)
+
+
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("infuse", [True, False])
 def test_attention_learns_from_the_masses_only_where_that_is_asked_for(gradient, infuse):

@@ -107,3 +107,20 @@ def correspondence(
     cell = torch.where(inside, row * width + column, -1)
     known = inside & valid_s & valid_t.gather(1, cell.clamp_min(0))
     return Correspondence(position, cell, known)
+
+
+def squared_distance(
+    geometry_s: Tensor, geometry_t: Tensor, grid_s: tuple[int, int], grid_t: tuple[int, int], first: float = 0.5
+) -> Tensor:
+    """Squared distance between what tokens of two views show, in cells of view t: (B, n, m), zero where it is the same.
+
+        d_ij^2 = |S (G_t^{-1} G_s p_i - p_j)|^2,   S = (width, height) of the grid of t
+
+    Args: as :func:`correspondence`.
+    """
+    centres = token_centres(*grid_s, geometry_s.device, first).to(geometry_s.dtype)
+    source = apply_affine(geometry_s, centres.expand(geometry_s.shape[0], -1, -1))
+    position = apply_affine(invert_affine(geometry_t), source)
+    others = token_centres(*grid_t, geometry_s.device, first).to(geometry_s.dtype)
+    scale = position.new_tensor((grid_t[1], grid_t[0]))
+    return ((position.unsqueeze(-2) - others) * scale).square().sum(-1)

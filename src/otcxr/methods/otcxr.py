@@ -13,6 +13,12 @@
         + global_weight (alpha |g_s - g_t|^2 / d + beta [v(g_s) + v(g_t)] / 2 + eta [c(g_s) + c(g_t)])
         + mass_weight mean max(0, ln(mass_area n_valid) - H(mu))
 
+With ``place`` the plan is solved with C + place (1 - exp(-d^2 / (2 place_radius^2))), d the distance in cells between
+what two positions really show: a prior from the geometry of the views, which the features may overrule.
+
+With ``global_pool = "aside"`` L gains global_weight times the three global terms on sum_i mu_i z_i with z without
+gradient: they train the masses alone.
+
 With ``pairing`` other than "transport" L_OT is replaced by the same cost over other pairs (controls of the claim that
 transport helps), masses as weights:
 
@@ -47,7 +53,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from otcxr.data.geometry import ViewBatch, correspondence, token_centres, token_valid
+from otcxr.data.geometry import ViewBatch, correspondence, squared_distance, token_centres, token_valid
 from otcxr.distributed import mean_of_rows
 from otcxr.errors import ConfigError
 from otcxr.losses import (
@@ -81,6 +87,7 @@ __all__ = ["OTCXR", "OTCXRSettings"]
 
 _ROWS = ("pooled", "tokens", "position", "within-image")
 _MASSES = ("score", "attention", "uniform")
+_POOLS = ("uniform", "mass", "aside")
 _PAIRINGS = ("transport", "same-cell", "nearest", "geometry")
 
 
@@ -111,6 +118,9 @@ class OTCXRSettings:
         reach: Softness of the marginals in units of the cost (unbalanced transport): mass for which every match costs
             more than about 2 * reach stays unmatched. null: exact marginals.
         centred_cost: Subtract the mean of all valid q of the batch before the cosine.
+        place: Weight of a prior of place in the cost of the plan, from the known geometry of the views; 0: none. What
+            is stored and judged as the method's pairs is always without it.
+        place_radius: Distance in cells at which the prior has reached 39 % of its height.
         alpha: Weight of the transport term.
         beta: Weight of the variance term, for each kind of row.
         eta: Weight of the covariance term.
@@ -118,8 +128,9 @@ class OTCXRSettings:
             projection of the pooled tokens. 0 leaves it out.
         global_hidden: Hidden width of the projector of pooled tokens.
         global_outputs: Dimensions of their projection; wide, as in VICReg.
-        global_pool: How the tokens of the global term are pooled: "uniform", or "mass", by the masses. With "mass" the
-            global term trains them, whatever ``mass_gradient`` says of the transport term.
+        global_pool: How the tokens of the global term are pooled: "uniform"; "mass", by the masses, which it then
+            trains, whatever ``mass_gradient`` says of the transport term; or "aside": uniform, and a second global
+            term, pooled by the masses from features without gradient, trains the masses and nothing else.
         variance_rows: What counts as a row of v: "pooled" (one per image), "tokens" (all), "position" (over the batch
             at each cell), "within-image" (over the tokens of each image); any combination.
         within_target: Standard deviation that "within-image" asks for; the other rows ask for 1.
@@ -142,6 +153,8 @@ class OTCXRSettings:
     objective: str = "value"
     reach: float | None = None
     centred_cost: bool = True
+    place: float = 0.0
+    place_radius: float = 1.0
     alpha: float = 25.0
     beta: float = 25.0
     eta: float = 1.0
@@ -160,21 +173,22 @@ class OTCXRSettings:
         unknown = [rows for rows in self.variance_rows if rows not in _ROWS]
         if unknown:
             raise ConfigError(f"method.variance_rows may hold {', '.join(_ROWS)}; received '{unknown[0]}'")
-        if self.global_pool not in ("uniform", "mass"):
-            raise ConfigError(f"method.global_pool must be 'uniform' or 'mass', received '{self.global_pool}'")
+        if self.global_pool not in _POOLS:
+            raise ConfigError(f"method.global_pool must be one of {', '.join(_POOLS)}, received '{self.global_pool}'")
         if self.mass == "score" and not self.trains_masses:
             raise ConfigError(
-                "method.mass = score needs method.mass_gradient = true, or method.global_pool = mass with a "
+                "method.mass = score needs method.mass_gradient = true, or method.global_pool = mass or aside with a "
                 "method.global_weight above 0: a score head without gradient never learns"
             )
         if not 0 <= self.floor < 1 or not 0 < self.mass_area <= 1:
             raise ConfigError(f"method.floor must be in [0, 1) and method.mass_area in (0, 1], received {self.floor} "
                               f"and {self.mass_area}")  # fmt: skip
         sizes = ("heads", "hidden", "outputs", "global_hidden", "global_outputs")
-        weights = ("alpha", "beta", "eta", "global_weight", "mass_weight", "within_target")
+        weights = ("alpha", "beta", "eta", "global_weight", "mass_weight", "within_target", "place")
         check_at_least(1, **{name: getattr(self, name) for name in (*sizes, "max_iterations")})
         check_at_least(0, **{name: getattr(self, name) for name in weights})
-        check_positive(temperature=self.temperature, epsilon=self.epsilon, tolerance=self.tolerance)
+        check_positive(temperature=self.temperature, epsilon=self.epsilon, tolerance=self.tolerance,
+                       place_radius=self.place_radius)  # fmt: skip
         if self.objective not in ("value", "sharp"):
             raise ConfigError(f"method.objective must be 'value' or 'sharp', received '{self.objective}'")
         if self.reach is not None and not self.reach > 0:
@@ -183,7 +197,7 @@ class OTCXRSettings:
     @property
     def trains_masses(self) -> bool:
         """Whether any term of the loss has a gradient in the masses."""
-        pooled = self.global_pool == "mass" and self.global_weight > 0
+        pooled = self.global_pool != "uniform" and self.global_weight > 0
         return self.mass != "uniform" and (self.mass_gradient or pooled)
 
 
@@ -220,12 +234,17 @@ class OTCXR(SSLMethod):
             if settings.global_weight > 0
             else None
         )
+        self.aside_projector = (
+            ProjectionHead(dim, settings.global_hidden, settings.global_outputs, final_norm=False)
+            if settings.global_weight > 0 and settings.global_pool == "aside" and settings.trains_masses
+            else None
+        )
         self.score = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1)) if settings.mass == "score" else None
 
     def forward(self, batch: ViewBatch, *, observe: bool = False) -> StepOutput:
         maps = encode_views(self.encoder, batch.views)
         chosen = [(0, 1), *((g, v) for g in (0, 1) for v in range(2, len(maps)))]
-        pairs = [self._pair(maps, batch, views) for views in chosen]
+        pairs = [self._pair(maps, batch, views, place=self.settings.place) for views in chosen]
         judged = [self._judge(pair) for pair in pairs]
         loss = torch.stack([one for one, _ in judged]).mean()
         terms = {name: torch.stack([torch.as_tensor(t[name]).detach() for _, t in judged]) for name in judged[0][1]}
@@ -233,7 +252,7 @@ class OTCXR(SSLMethod):
         if observe:
             pooled = torch.cat((pool(maps[0]), pool(maps[1]))).detach()
             # pairs that are fixed beforehand say nothing of the features, so there is nothing to judge in them
-            shown = _match(pairs[0]) if self.settings.pairing in ("transport", "nearest") else None
+            shown = self._shown(pairs[0]) if self.settings.pairing in ("transport", "nearest") else None
             observed = Observed(pooled, pairs[0].tokens[0].detach(), shown)
         return StepOutput(loss, {n: t.max() if n == "residual" else t.mean() for n, t in terms.items()}, observed)
 
@@ -257,6 +276,11 @@ class OTCXR(SSLMethod):
             loss = loss + s.global_weight * (
                 s.alpha * terms["global"] + s.beta * terms["global_variance"] + s.eta * terms["global_covariance"]
             )
+        if self.aside_projector is not None:
+            pooled = [weighted_sum(z.detach(), mass) for z, mass in zip(pair.tokens, pair.masses, strict=True)]
+            aside = _invariance(self.aside_projector, pooled)
+            terms["aside"] = s.alpha * aside[0] + s.beta * aside[1] + s.eta * aside[2]
+            loss = loss + s.global_weight * terms["aside"]
         if s.mass_weight > 0 and s.trains_masses:
             terms["mass"] = sum(map(self._concentration, pair.masses, pair.valid), loss.new_zeros(())) / 2
             loss = loss + s.mass_weight * terms["mass"]
@@ -268,7 +292,9 @@ class OTCXR(SSLMethod):
             terms["iterations"] = pair.solved.iterations.to(loss.dtype).mean()
         return loss, terms
 
-    def _pair(self, maps: list[tuple[Tensor, ...]], batch: ViewBatch, views: tuple[int, int]) -> _Pair:
+    def _pair(
+        self, maps: list[tuple[Tensor, ...]], batch: ViewBatch, views: tuple[int, int], *, place: float = 0.0
+    ) -> _Pair:
         s = self.settings
         map_s, map_t = (maps[v][-1] for v in views)
         valid_s, valid_t = (
@@ -278,8 +304,10 @@ class OTCXR(SSLMethod):
         z_s, z_t = tokens_of(map_s), tokens_of(map_t)
         r_s = r_t = weights_s = weights_t = None
         if self.cross_view is not None:
-            r_s, weights_s = self.cross_view(z_s, z_t, valid_t)
-            r_t, weights_t = self.cross_view(z_t, z_s, valid_s)
+            # aside: the masses learn from the features, the features nothing from the masses
+            x_s, x_t = (z_s.detach(), z_t.detach()) if s.global_pool == "aside" and not s.infuse else (z_s, z_t)
+            r_s, weights_s = self.cross_view(x_s, x_t, valid_t)
+            r_t, weights_t = self.cross_view(x_t, x_s, valid_s)
         mu = self._mass(r_s, weights_t, valid_s, valid_t)
         nu = self._mass(r_t, weights_s, valid_t, valid_s)
         sent, received = (mu, nu) if s.mass_gradient else (mu.detach(), nu.detach())
@@ -293,8 +321,11 @@ class OTCXR(SSLMethod):
             cost = cosine_cost(wide_s - centre, wide_t - centre)
         solved = None
         if s.pairing == "transport":
+            priced = cost
+            if place > 0:
+                priced = cost + place * self._elsewhere(batch, views, map_s, map_t).to(cost.dtype)
             solved = sinkhorn(
-                cost, sent, received, epsilon=s.epsilon, tolerance=s.tolerance, max_iterations=s.max_iterations,
+                priced, sent, received, epsilon=s.epsilon, tolerance=s.tolerance, max_iterations=s.max_iterations,
                 objective=s.objective, reach=s.reach,
             )  # fmt: skip
             plan, value = solved.plan, solved.value
@@ -303,6 +334,24 @@ class OTCXR(SSLMethod):
             plan = self._paired(cost, (sent, received), (valid_s, valid_t), grids, batch.geometry[list(views)])
             value = (plan * cost).sum((-1, -2))
         return _Pair((z_s, z_t), (valid_s, valid_t), (mu, nu), (q_s, q_t), cost, plan, value, solved, weights_s)
+
+    def _elsewhere(self, batch: ViewBatch, views: tuple[int, int], map_s: Tensor, map_t: Tensor) -> Tensor:
+        """1 - exp(-d^2 / (2 place_radius^2)) of the distance in cells between what tokens show: (B, n, m) in [0, 1]."""
+        grid_s, grid_t = (map_s.shape[-2], map_s.shape[-1]), (map_t.shape[-2], map_t.shape[-1])
+        geometry = batch.geometry[list(views)]
+        away = squared_distance(geometry[0], geometry[1], grid_s, grid_t, self.encoder.first_centre)
+        return 1 - torch.exp(away / (-2 * self.settings.place_radius**2))
+
+    @torch.no_grad()
+    def _shown(self, pair: _Pair) -> Match:
+        """What the method pairs by its features: with a prior of place in the cost, the plan without it."""
+        s = self.settings
+        if s.place > 0 and s.pairing == "transport":
+            mu, nu = pair.masses
+            solved = sinkhorn(pair.cost, mu, nu, epsilon=s.epsilon, tolerance=s.tolerance,
+                              max_iterations=s.max_iterations, reach=s.reach)  # fmt: skip
+            pair = pair._replace(plan=solved.plan)
+        return _match(pair)
 
     def _paired(
         self,
@@ -380,12 +429,8 @@ class OTCXR(SSLMethod):
             pooled = [weighted_sum(z, mass) for z, mass in zip(pair.tokens, pair.masses, strict=True)]
         else:
             pooled = [masked_mean(z, valid) for z, valid in zip(pair.tokens, pair.valid, strict=True)]
-        g_s, g_t = self.pooled_projector(torch.cat(pooled)).chunk(2)
-        return {
-            "global": squared_difference(g_s, g_t),
-            "global_variance": (variance(g_s) + variance(g_t)) / 2,
-            "global_covariance": covariance(g_s) + covariance(g_t),
-        }
+        names = ("global", "global_variance", "global_covariance")
+        return dict(zip(names, _invariance(self.pooled_projector, pooled), strict=True))
 
     def _covariance(self, q: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
         """Covariance penalty on pooled rows if the variance sees only those, else on all valid tokens."""
@@ -396,6 +441,12 @@ class OTCXR(SSLMethod):
         wanted = valid.sum(-1).to(mass.dtype).log() + math.log(self.settings.mass_area)
         # an absent position counts as p = 1 (entropy 0): at p = 0 the slope of the entropy is infinite
         return (wanted - entropy(torch.where(valid, mass, 1.0))).clamp_min(0).mean()
+
+
+def _invariance(projector: nn.Module, pooled: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Invariance, variance and covariance of the projections of two views."""
+    g_s, g_t = projector(torch.cat(pooled)).chunk(2)
+    return squared_difference(g_s, g_t), (variance(g_s) + variance(g_t)) / 2, covariance(g_s) + covariance(g_t)
 
 
 def _local_tokens(valid: Tensor, last: Tensor, number: int) -> Tensor:
