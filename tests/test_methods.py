@@ -843,7 +843,7 @@ def test_masses_that_learn_aside_leave_the_encoder_alone():
     grads = gradients(method, method(views()).loss)
     assert alive(grads["score.1.weight"])
     assert alive(grads["cross_view.query.weight"])
-    assert alive(grads["aside_projector.layers.0.weight"])
+    assert any(alive(grad) for name, grad in grads.items() if name.startswith("aside_projector."))
     assert alive(grads["encoder.maps.0"])  # by the other terms
     pair = method._pair(encode_views(method.encoder, views().views), views(), (0, 1))
     masses = torch.autograd.grad(pair.masses[0].square().sum(), list(method.encoder.parameters()), allow_unused=True)

@@ -80,7 +80,7 @@ def _read_headers(name: str, root: Path, files: list[Path], *, wanted: bool) -> 
             )  # fmt: skip
         records.append(record)
     note = f"{told:,} of {len(files):,} files name their patient in a DICOM header"
-    notes = () if key is None else (f"{note}; names are hashed with the key {key.path}",)
+    notes = () if key is None else (f"{note}; names are hashed with the site's key",)
     return Collection(name, (), records, (), notes)
 
 
