@@ -850,6 +850,24 @@ def test_masses_that_learn_aside_leave_the_encoder_alone():
     assert all(grad is None for grad in masses)
 
 
+def test_contrast_masses_are_their_formula_and_learn_nothing():
+    settings = replace(EXPLICIT, mass="contrast", mass_gradient=False, infuse=False, temperature=0.3, floor=0.2)
+    method = stubbed(settings)
+    assert method.cross_view is None
+    batch = views()
+    pair = method._pair(encode_views(method.encoder, batch.views), batch, (0, 1))
+    assert not any(mass.requires_grad for mass in pair.masses)
+    for i in range(len(pair.cost)):
+        cost = pair.cost[i].double().numpy(force=True)
+        valid = [v[i].numpy() for v in pair.valid]
+        for v, c in ((0, cost), (1, cost.T)):
+            there = [j for j in range(16) if valid[1 - v][j]]
+            gap = {j: np.mean([c[j, k] for k in there]) - min(c[j, k] for k in there) for j in range(16) if valid[v][j]}
+            total = sum(np.exp(g / 0.3) for g in gap.values())
+            expected = [0.8 * np.exp(gap[j] / 0.3) / total + 0.2 / len(gap) if j in gap else 0.0 for j in range(16)]
+            close(pair.masses[v][i].numpy(force=True), expected, atol=1e-7)
+
+
 def test_a_score_head_needs_something_to_learn_from():
     for wrong in ({"global_pool": "uniform"}, {"global_pool": "mass", "global_weight": 0.0}):
         with pytest.raises(ConfigError, match="never learns"):

@@ -212,9 +212,10 @@ class Training:
         if self.step >= self.total:
             self.progress.say(f"{self.run.path} has finished all {self.config.train.epochs} epochs already")
             return
-        if process() == 0 and self.config.train.loggers:
-            settings = config_to_plain(self.config)
-            self.loggers = Loggers(self.config.train.loggers, self.run.path, settings, self.progress)
+        with together():  # one that cannot be made stops all processes, not only this one
+            if process() == 0 and self.config.train.loggers:
+                settings = config_to_plain(self.config)
+                self.loggers = Loggers(self.config.train.loggers, self.run.path, settings, self.progress)
         self.method.train()
         images = self.total * self.config.train.batch_size
         try:

@@ -126,7 +126,7 @@ def judge(
 def measured_columns(values: Mapping[str, NDArray[np.float64]], notes: Sequence[str], part: Part) -> dict[str, Column]:
     """Columns of what each image shows by itself, (K, N, F) by measure: means over the images with the finding.
 
-    Three measures look at images without it as well: ``empties`` (AUROC) and ``left_empty`` (mean over these).
+    Two measures look at images without it: ``empties`` (AUROC) and ``left_empty`` (mean over these).
     """
     negatives = [len(set(part.patients[part.labels[:, f] == 0].tolist())) for f in range(part.labels.shape[1])]
     least = BootstrapSettings.min_negative_patients

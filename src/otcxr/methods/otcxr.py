@@ -86,7 +86,7 @@ from otcxr.ot import Transport, at_least_float32, cosine_cost, entropy, sinkhorn
 __all__ = ["OTCXR", "OTCXRSettings"]
 
 _ROWS = ("pooled", "tokens", "position", "within-image")
-_MASSES = ("score", "attention", "uniform")
+_MASSES = ("score", "attention", "contrast", "uniform")
 _POOLS = ("uniform", "mass", "aside")
 _PAIRINGS = ("transport", "same-cell", "nearest", "geometry")
 
@@ -97,7 +97,9 @@ class OTCXRSettings:
 
     Attributes:
         mass: Where the masses come from: "score" (a head on R, softmax), "attention" (what a token receives from the
-            other view, mean over heads and queries) or "uniform".
+            other view, mean over heads and queries), "contrast" (softmax of how much the best match in the other view
+            is cheaper than the mean one, over ``temperature``, from the cost without gradient: positions that are in
+            both views and unlike others; no CV-SIM) or "uniform".
         mass_gradient: Let the transport term train the masses. False only with "attention": a score head without
             gradient would stay as it was made. Without gradient and without ``infuse`` nothing trains CV-SIM: it is a
             fixed random attention, and the masses are nearly uniform. With gradient, masses were seen to gather on
@@ -198,7 +200,7 @@ class OTCXRSettings:
     def trains_masses(self) -> bool:
         """Whether any term of the loss has a gradient in the masses."""
         pooled = self.global_pool != "uniform" and self.global_weight > 0
-        return self.mass != "uniform" and (self.mass_gradient or pooled)
+        return self.mass in ("score", "attention") and (self.mass_gradient or pooled)
 
 
 class _Pair(NamedTuple):
@@ -223,7 +225,7 @@ class OTCXR(SSLMethod):
         super().__init__(encoder, settings)
         dim = encoder.channels[-1]
         self.projector = TokenProjector(dim, settings.hidden, settings.outputs)
-        needs_cross_view = settings.infuse or settings.mass != "uniform"
+        needs_cross_view = settings.infuse or settings.mass in ("score", "attention")
         self.cross_view = CrossViewAttention(dim, settings.heads) if needs_cross_view else None
         if self.cross_view is not None and not settings.infuse and not settings.trains_masses:
             self.cross_view.requires_grad_(False)  # nothing would train it: then it is a fixed random attention
@@ -308,9 +310,6 @@ class OTCXR(SSLMethod):
             x_s, x_t = (z_s.detach(), z_t.detach()) if s.global_pool == "aside" and not s.infuse else (z_s, z_t)
             r_s, weights_s = self.cross_view(x_s, x_t, valid_t)
             r_t, weights_t = self.cross_view(x_t, x_s, valid_s)
-        mu = self._mass(r_s, weights_t, valid_s, valid_t)
-        nu = self._mass(r_t, weights_s, valid_t, valid_s)
-        sent, received = (mu, nu) if s.mass_gradient else (mu.detach(), nu.detach())
         if s.infuse and r_s is not None and r_t is not None:
             q_s, q_t = self.projector(z_s + r_s), self.projector(z_t + r_t)
         else:
@@ -319,6 +318,13 @@ class OTCXR(SSLMethod):
             wide_s, wide_t = at_least_float32(q_s), at_least_float32(q_t)
             centre = mean_of_rows(torch.cat((wide_s[valid_s], wide_t[valid_t])))[0] if s.centred_cost else 0.0
             cost = cosine_cost(wide_s - centre, wide_t - centre)
+        if s.mass == "contrast":
+            mu = self._contrast(cost.detach(), valid_s, valid_t)
+            nu = self._contrast(cost.detach().mT, valid_t, valid_s)
+        else:
+            mu = self._mass(r_s, weights_t, valid_s, valid_t)
+            nu = self._mass(r_t, weights_s, valid_t, valid_s)
+        sent, received = (mu, nu) if s.mass_gradient else (mu.detach(), nu.detach())
         solved = None
         if s.pairing == "transport":
             priced = cost
@@ -407,6 +413,16 @@ class OTCXR(SSLMethod):
                 mass = (received.to(dtype) * queries).sum(2).mean(1) / queries.sum(2).mean(1)
             floored: Tensor = (1 - s.floor) * mass + s.floor * uniform
             return floored
+
+    def _contrast(self, cost: Tensor, valid: Tensor, other_valid: Tensor) -> Tensor:
+        """Masses (B, n) of one view: softmax of (mean_j C_ij - min_j C_ij) / temperature over valid i and j."""
+        there = other_valid.unsqueeze(1)
+        count = other_valid.sum(-1, keepdim=True).clamp_min(1).to(cost.dtype)
+        gap = (cost * there).sum(-1) / count - cost.masked_fill(~there, float("inf")).amin(-1)
+        mass = (gap / self.settings.temperature).masked_fill(~valid, float("-inf")).softmax(-1)
+        uniform = valid.to(cost.dtype) / valid.sum(-1, keepdim=True)
+        floored: Tensor = (1 - self.settings.floor) * mass + self.settings.floor * uniform
+        return floored
 
     def _variance(self, q: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
         """Sum of the variance hinges over the kinds of rows that are asked for."""
