@@ -463,7 +463,9 @@ def make_trouble(folder: Path) -> Callable[[np.random.Generator], None]:
         if kind == 2:
             raise KeyError("forgotten")
         if kind == 3:
-            raise DataError("two\nlines")
+            error = DataError("")
+            error.args = ("two\nlines",)  # past what makes one line of a message
+            raise error
         if kind == 4:
             np.ones(int(LIMIT_GB * 1.2e9), dtype=np.uint8)
         if kind == 5:

@@ -1063,7 +1063,7 @@ def test_the_global_term_does_not_overflow_in_half_precision():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mass": "scores"}, "method.mass must be one of score, attention, uniform, received 'scores'"),
+        ({"mass": "scores"}, "method.mass must be one of score, attention, contrast, uniform, received 'scores'"),
         ({"variance_rows": ("tokens", "image")}, "method.variance_rows may hold pooled, .*; received 'image'"),
         ({"mass_gradient": False}, "method.mass = score needs method.mass_gradient = true"),
         ({"floor": 1.0}, r"method.floor must be in \[0, 1\).* received 1.0"),
