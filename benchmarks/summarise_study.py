@@ -72,7 +72,8 @@ def table(summary: dict[str, Any]) -> list[str]:
     about = summary["environment"]
     lines += [
         "", "Linear probe (macro over 7 findings), linear probe of tokens (macro over 7 regions), correspondence; "
-        f"intervals by patient; seeds: {len(summary['seeds'])}. {summary['machine']}, one thread, torch {about['versions']['torch']}, "
+        f"intervals by patient; seeds: {len(summary['seeds'])}. {summary['machine']}, one thread, "
+        f"torch {about['versions']['torch']}, "
         f"{about['date']}; JSON: `studies/{summary['study']}.json`.",
     ]  # fmt: skip
     return lines

@@ -88,6 +88,7 @@ MAY_IMPORT = {
     "estimate": "launch loop packing data settings optim console errors",
     # packs: written here, read by data.pack
     "packing": PACKING,
+    "packing.burned": PACKING,
     "packing.collection": PACKING,
     "packing.frontal": PACKING,
     "packing.index": PACKING,

@@ -33,6 +33,7 @@ from otcxr.data.pack import AGE_BANDS, PackedImage, age_band, open_index, read_p
 from otcxr.data.records import Box, Radiograph, column, full_valid, take
 from otcxr.errors import ConfigError, DataError
 from otcxr.packing import PackConfig, pack_collection
+from otcxr.packing.burned import LEAST, longest_line
 from otcxr.packing.frontal import unlike_frontal
 from otcxr.packing.page import NEAR, near_duplicates
 from otcxr.packing.reduce import Task, reduce_image, target_shape
@@ -392,6 +393,24 @@ def test_the_check_for_frontal_radiographs():
     assert sum(unlike_frontal(np.ascontiguousarray(np.rot90(image))) for image in images) >= 50
     for image in images[:9]:  # any grey scale
         assert unlike_frontal(image) == unlike_frontal(image**3)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_writing_is_noticed_and_a_marker_is_none(bits):
+    images = [r.image.radiograph().image[0].numpy() for r in open_collection("phantom:8,seed=3,size=512").records]
+    for k, image in enumerate(images):
+        picture = np.round(image * 220).astype(np.uint8)
+        named, marked = picture.copy(), picture.copy()
+        cv2.putText(named, "DOE JANE 1956", (20 + 40 * k, 30), cv2.FONT_HERSHEY_SIMPLEX, 0.6, 255, 1, cv2.LINE_AA)
+        cv2.putText(marked, "R", (30, 60), cv2.FONT_HERSHEY_SIMPLEX, 0.9, 255, 2, cv2.LINE_AA)
+        wide = (lambda p: p.astype(np.uint16) * 257) if bits == 16 else (lambda p: p)
+        assert longest_line(wide(named)) >= LEAST
+        assert longest_line(wide(marked)) < LEAST
+        assert longest_line(wide(picture)) < LEAST
+        inside = picture.copy()
+        cv2.putText(inside, "DOE", (240, 256), cv2.FONT_HERSHEY_SIMPLEX, 0.4, 255, 1)
+        assert longest_line(wide(inside)) < LEAST  # three signs, and not near an edge
+    assert longest_line(np.zeros((40, 30), np.uint8)) == 0
 
 
 def test_broken_files_are_set_aside_with_reason_and_picture(tmp_path):

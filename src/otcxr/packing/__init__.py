@@ -5,6 +5,7 @@
     reduce    one file to what is kept of it            workers   processes that do it, and who watches them
     store     shards and journal                        index     columns of the index
     page      the data page                             frontal   the check for frontal chest radiographs
+    burned    the screen for writing in a picture
 
 The names load when they are asked for: workers need neither torch nor the readers.
 """

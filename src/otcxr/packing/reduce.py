@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from otcxr.data.decode import About, Decoded, decode_bytes, full_scale, read_bytes
 from otcxr.data.records import ImageRef
 from otcxr.errors import DataError
+from otcxr.packing.burned import LEAST, longest_line
 from otcxr.packing.frontal import unlike_frontal
 
 __all__ = ["Reduced", "Task", "reduce_image", "reduce_pixels", "thumbnail"]
@@ -192,6 +193,8 @@ def _flags(pixels: NDArray[Any], about: About, view: str | None) -> tuple[str, .
         found.append(f"body part {about.body_part}"[:40])
     if about.burned_in == "YES":
         found.append("annotation burned in")
+    if longest_line(pixels) >= LEAST:
+        found.append("writing in the picture")
     if view != "LATERAL" and unlike_frontal(pixels):
         found.append("unlike a frontal chest radiograph")
     return tuple(found)
