@@ -227,6 +227,23 @@ def test_no_name_of_the_source_is_in_the_pack(tmp_path, config_home):
     assert site_key().secret.hex() not in (tmp_path / "out" / "pack.json").read_text()
 
 
+def test_reasons_of_a_reader_say_no_name_and_no_place(tmp_path):
+    from test_readers import NAMES, nih
+
+    root = nih(tmp_path / "SMITH-FOLDER")
+    next(root.rglob(NAMES[0])).write_bytes(b"\x89PNG\r\n\x1a\n")
+    next(root.rglob(NAMES[1])).unlink()
+    packed = pack(f"nih:{root}", tmp_path / "out", max_skipped=0.9)
+    assert sorted(item.reason.replace(item.image, "ID")[:23] for item in packed.skipped) == [
+        "ID is a PNG that is cut", "missing"]  # fmt: skip
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert b"SMITH-FOLDER" not in content, path
+            assert b"/images" not in content, path
+            assert not any(name.encode() in content for name in NAMES), path
+
+
 def test_keys(tmp_path):
     one, other = site_key(tmp_path / "a" / "k"), site_key(tmp_path / "b" / "k")
     assert one == site_key(tmp_path / "a" / "k")
@@ -472,6 +489,7 @@ def test_what_cannot_be_a_pack(tmp_path):
     (tmp_path / "full" / "thesis.doc").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds other things \(thesis.doc\)"):
         pack(f"folder:{source}", tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.doc"]  # nothing is left behind
     for wrong in ({"size": 8}, {"bits": 12}, {"workers": -1}, {"memory_gb": 0}, {"max_skipped": 2}):
         with pytest.raises(ConfigError):
             PackConfig(**wrong)
@@ -507,6 +525,69 @@ def test_a_second_run_adds_what_is_new_and_takes_new_labels(tmp_path):
     (source / "table.csv").write_text("\n".join([lines[0], *lines[3:]]) + "\n")
     assert pack(f"folder:{source}", tmp_path / "out").rows == 8
     assert list(read_pack(str(tmp_path / "out")).records) == new
+
+
+def test_a_second_run_keeps_what_only_headers_say(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    window = {"WindowCenter": 2048, "WindowWidth": 4096}
+    wide = picture(1).astype(np.uint16) * 16
+    (root / "a.dcm").write_bytes(dicom(wide, **window, PatientSex="F", PatientAge="044Y", ViewPosition="PA"))
+    (root / "b.png").write_bytes(encode_png(picture(2)))
+    (root / "t.csv").write_text("image,patient\na.dcm,P1\n")
+    pack(f"folder:{root}", tmp_path / "out", max_skipped=0.9)
+    (root / "t.csv").write_text("image,patient,sex\na.dcm,P2,\nb.png,P3,M\n")
+    assert pack(f"folder:{root}", tmp_path / "out").new == 1
+    a, b = read_pack(str(tmp_path / "out")).records
+    assert (a.sex, a.age, a.view, b.sex) == ("F", 45, "PA", "M")
+    assert a.patient == site_key().name("patient", "P2")
+
+
+def test_a_pack_goes_on_although_the_source_has_lost_files(tmp_path, monkeypatch):
+    import otcxr.packing.collection as module
+
+    source = mixed(tmp_path / "in", 8)
+    pack(f"folder:{source}", tmp_path / "whole")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.Index, "table", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack(f"folder:{source}", tmp_path / "out")
+    lines = (source / "table.csv").read_text().splitlines()
+    (source / lines[2].split(",")[0]).unlink()
+    (source / "table.csv").write_text("\n".join([lines[0], lines[1], *lines[3:]]) + "\n")
+    assert pack(f"folder:{source}", tmp_path / "out").rows == 8
+    whole, out = (read_pack(str(tmp_path / name)).records for name in ("whole", "out"))
+    assert [r._replace(image=None) for r in out] == [r._replace(image=None) for r in whole]
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_rows_in_many_parts_are_the_same_rows(tmp_path, monkeypatch):
+    import otcxr.packing.index as module
+
+    source = mixed(tmp_path / "in", 20)
+    pack(f"folder:{source}", tmp_path / "one")
+    monkeypatch.setattr(module, "_ROWS", 3)
+    pack(f"folder:{source}", tmp_path / "many")
+    assert [r._replace(image=None) for r in read_pack(str(tmp_path / "one")).records] == [
+        r._replace(image=None) for r in read_pack(str(tmp_path / "many")).records]  # fmt: skip
+    (source / "new.png").write_bytes(encode_png(picture(500)))
+    (source / "table.csv").write_text((source / "table.csv").read_text() + "new.png,P,M,40,PA,train,1,\n")
+    assert pack(f"folder:{source}", tmp_path / "many").rows == 21
+
+
+def test_another_pack_where_one_was_read_is_read_anew(tmp_path):
+    def first(seed):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        pack(f"folder:{mixed(tmp_path / f'in{seed}', 4, seed)}", tmp_path / "out")
+        return read_pack(str(tmp_path / "out")).records[0].image.radiograph().image
+
+    one, two = first(1), first(2)
+    assert not torch.equal(one, two)
+    assert torch.equal(two, read_pack(str(tmp_path / "out")).records[0].image.radiograph().image)
 
 
 def killed(source, out, rng, kills, span, more=()):
@@ -585,7 +666,7 @@ def test_killed_at_the_very_end(tmp_path, monkeypatch, where):
 
     with pytest.MonkeyPatch.context() as patch:
         if where == "shards":
-            patch.setattr(module, "build_table", stop)
+            patch.setattr(module.Index, "table", stop)
         else:
             real = module.write_atomic
 

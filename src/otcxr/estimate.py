@@ -27,8 +27,7 @@ from otcxr.data.sources import open_collection
 from otcxr.data.views_device import ViewRequest, device_views
 from otcxr.errors import ConfigError, DataError
 from otcxr.launch import make_fabric, set_up
-from otcxr.loop import build_method
-from otcxr.optim import make_optimizer
+from otcxr.loop import build_method, optimizer_of
 from otcxr.packing import PackConfig
 from otcxr.packing.reduce import Task, reduce_image
 from otcxr.settings import PretrainConfig
@@ -193,13 +192,7 @@ def _steps(
     if train.precision == "64-true":
         method.double()
 
-    def optimizer(module: torch.nn.Module) -> torch.optim.Optimizer:
-        return make_optimizer(
-            module, train.optimizer, learning_rate=train.learning_rate, weight_decay=train.weight_decay,
-            momentum=train.momentum, trust=train.trust, constant_rate=method.constant_rate(),
-        )  # fmt: skip
-
-    module, wrapped = set_up(fabric, method, train, optimizer)
+    module, wrapped = set_up(fabric, method, train, optimizer_of(method, train))
     module.train()
     times, peaks = [], []
     for size in sizes:

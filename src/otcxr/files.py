@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
+import io
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from otcxr.errors import ConfigError, StorageError
 
-__all__ = ["file_name", "locked", "storage_error", "sweep", "write_atomic"]
+__all__ = ["file_name", "locked", "storage_error", "sweep", "write_atomic", "write_rows"]
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +69,18 @@ def write_atomic(path: Path, data: bytes | str, before: Callable[[], None] | Non
         if isinstance(error, OSError):
             raise storage_error(path, error) from error
         raise
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV as ``write_atomic`` does; bytes of a file name that are no text appear in escaped form.
+
+    Raises: StorageError: as ``write_atomic``.
+    """
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer)
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_atomic(path, buffer.getvalue().encode("utf-8", errors="backslashreplace"))
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

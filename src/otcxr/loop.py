@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -46,9 +46,9 @@ from otcxr.online import OnlineProbe
 from otcxr.optim import cosine_schedule, make_optimizer, set_learning_rate
 from otcxr.probes import write_pairs
 from otcxr.runs import Run
-from otcxr.settings import PretrainConfig, config_to_plain
+from otcxr.settings import PretrainConfig, TrainConfig, config_to_plain
 
-__all__ = ["FORMAT", "Data", "Training", "build_method"]
+__all__ = ["FORMAT", "Data", "Training", "build_method", "optimizer_of"]
 
 FORMAT = 3  # of a checkpoint; also raised when the views of a seed change: a run cannot go on with other ones
 
@@ -75,6 +75,14 @@ def build_method(config: PretrainConfig, images: int | None = None) -> SSLMethod
         if images is not None and hasattr(settings, "for_images"):
             settings = settings.for_images(images)
         return find_method(config.method).build(encoder, settings)
+
+
+def optimizer_of(method: SSLMethod, train: TrainConfig) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
+    """How the optimizer of a method is made, once its parameters are where they belong."""
+    return lambda module: make_optimizer(
+        module, train.optimizer, learning_rate=train.learning_rate, weight_decay=train.weight_decay,
+        momentum=train.momentum, trust=train.trust, constant_rate=method.constant_rate(),
+    )  # fmt: skip
 
 
 class Data(NamedTuple):
@@ -129,17 +137,10 @@ class Training:
         self.collapsed, self.marked, self.verdict = False, False, ""
         self.mark = ""  # what the progress line says of the health
         self.loggers: Loggers | None = None
-        self.module, self.optimizer = set_up(fabric, method, train, self._make_optimizer)
+        self.module, self.optimizer = set_up(fabric, method, train, optimizer_of(method, train))
         self.saved_step: int | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
-
-    def _make_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
-        train = self.config.train
-        return make_optimizer(
-            module, train.optimizer, learning_rate=train.learning_rate, weight_decay=train.weight_decay,
-            momentum=train.momentum, trust=train.trust, constant_rate=self.method.constant_rate(),
-        )  # fmt: skip
 
     # --- what decides the next step ---
     def _state(self, weights: Mapping[str, Any], optimizer: Mapping[str, Any], *, new_epoch: bool) -> dict[str, Any]:

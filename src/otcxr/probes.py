@@ -29,7 +29,8 @@ def choose_probes(collection: Collection, training: Collection, count: int, seed
     outside = [index for index, split in enumerate(column(collection.records, "split")) if split == "test"]
     candidates = take(collection.records, outside) if outside else training.records
     order = np.random.default_rng((seed, 8)).permutation(len(candidates))
-    ranked = sorted(order, key=lambda i: not candidates[i].boxes)
+    boxed = column(candidates, "boxed")
+    ranked = sorted(order, key=lambda i: not boxed[i])
     chosen: list[Record] = []
     for index in ranked:
         if len(chosen) == count:

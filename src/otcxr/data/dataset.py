@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 import os
@@ -27,7 +25,7 @@ from otcxr.data.view_spec import MIN_VALID, GreyImage, ViewsConfig, draw_views, 
 from otcxr.data.views import carry_out, collate_views
 from otcxr.data.views_device import ViewRequest, collate_requests, request_views
 from otcxr.errors import ConfigError, DataError
-from otcxr.files import write_atomic
+from otcxr.files import write_rows
 
 __all__ = [
     "Checked",
@@ -247,12 +245,7 @@ def refuse_too_many(
 
 def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
     """Write the list of skipped images as CSV (image, reason); an empty list still writes its header."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer)
-    writer.writerow(("image", "reason"))
-    writer.writerows((item.image, item.reason) for item in skipped)
-    # a file name may hold bytes that are no text: they are listed in escaped form
-    write_atomic(path, buffer.getvalue().encode("utf-8", errors="backslashreplace"))
+    write_rows(path, ("image", "reason"), ((item.image, item.reason) for item in skipped))
 
 
 class LoadedViews(NamedTuple):

@@ -191,7 +191,11 @@ class PackRecords(Sequence[Record]):
         return PackRecords(self._folder, self._table, self._findings, rows)
 
     def column(self, name: str) -> list[Any]:
-        """One field of all records, without making them: name, study, patient, sex, view, split, source, labelled."""
+        """One field of all records, without making them: name, study, patient, sex, view, split, source,
+        labelled, boxed."""
+        if name == "boxed":
+            boxed: list[Any] = self._columns.boxed[self._rows].tolist()
+            return boxed
         if name == "labelled":
             known = np.asarray((self._columns.labels >= 0).any(axis=1))
             found: list[Any] = known[self._rows].tolist()
@@ -307,11 +311,7 @@ def _columns(folder: str, table: pa.Table, findings: tuple[str, ...]) -> _Column
     return columns
 
 
-_MIDDLES: dict[str | None, float | None] = {
-    None: None,
-    "90+": 95.0,
-    **{f"{low}-{low + 9}": low + 5.0 for low in range(0, 90, 10)},
-}
+_MIDDLES: dict[str | None, float | None] = {None: None, **{band: 10.0 * k + 5 for k, band in enumerate(AGE_BANDS)}}
 
 
 @lru_cache(maxsize=8)
@@ -320,6 +320,8 @@ def _open(folder: str, changed: int) -> tuple[dict[str, Any], Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    open_shard.cache_clear()  # another pack may lie where one was read before
+    _pixels.cache_clear()
     root = Path(folder)
     facts = read_facts(root)
     path = root / "index.parquet"

@@ -158,6 +158,11 @@ class Record(NamedTuple):
         return self.image.name if isinstance(self.image, Path) else str(self.image)
 
     @property
+    def boxed(self) -> bool:
+        """Whether there are boxes."""
+        return bool(self.boxes)
+
+    @property
     def labelled(self) -> bool:
         """Whether any finding is assessed."""
         return bool(self.labels)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ from otcxr.data.pack import FORMAT, file_digest, open_index
 from otcxr.data.records import Collection, Record, Skipped
 from otcxr.data.sources import open_collection
 from otcxr.errors import ConfigError, DataError
-from otcxr.files import file_name, locked, sweep, write_atomic
-from otcxr.packing.index import Conflict, Names, build_table, conflicts, facts_of, source_root, unpacked
+from otcxr.files import file_name, locked, sweep, write_atomic, write_rows
+from otcxr.packing.index import Conflict, First, Index, Names, conflicts, describe, facts_of, source_root
 from otcxr.packing.page import write_page
 from otcxr.packing.reduce import Reduced, Task
 from otcxr.packing.store import Journal, Place, Shards, list_shards, replay
@@ -116,8 +115,10 @@ def pack_collection(
     collection = open_collection(source)
     for note in collection.notes:
         progress.say(f"note: {note}")
+    _refuse_foreign(out)
     with locked(out):
         sweep(out)
+        sweep(out / "quarantine")
         return _Packing(collection, source, out, config, names_key, progress).run()
 
 
@@ -129,16 +130,20 @@ class _Packing:
     ) -> None:
         self.collection, self.source, self.out = collection, source, out
         self.config, self.key, self.progress = config, key, progress
+        self.root = source_root(source)
         self.names = Names(key, source)
-        self.finished, table = self._earlier()
-        self.lines, self.before = ([], {}) if table is None else unpacked(table)
-        self.old = len(self.lines)
+        self.finished: dict[str, Any] | None = None
+        table = None
+        if (out / "pack.json").exists():
+            self.finished, table = open_index(str(out))
+        self.old = 0 if table is None else len(table)
         self.records: dict[str, Record] = {}
         for record in collection.records:
             if self.records.setdefault(self.names.image(record), record) is not record:
                 raise DataError(f"{source} names {self.names.plain(record)} twice; remove one")
         findings = list(collection.findings)
         self.findings = findings + [f for f in (self.finished or {}).get("findings", ()) if f not in findings]
+        self.index = Index(self.records, self.names, self.findings, table)
         self.failed: dict[str, str] = {}
 
     def run(self) -> Packed:
@@ -150,17 +155,18 @@ class _Packing:
         bits = Shards(self.out / "shards", "bits-", np.uint8, limit, first_bits)
         path = self.out / _JOURNAL
         told = replay(path)
-        if told and told[0] == head | {"begun_with": told[0].get("begun_with")} and told[0] != head:
+        begun = next(told, None)
+        if begun is not None and begun | {"begun_with": self.old} == head != begun:
             # killed when the index was written and before its journal was removed: everything in it is in the index
             path.unlink()
-            told = []
-        if told and told[0] != head:
-            raise ConfigError(f"{self.out} was begun with other settings or another key ({_difference(told[0], head)})"
+            told, begun = iter(()), None
+        if begun is not None and begun != head:
+            raise ConfigError(f"{self.out} was begun with other settings or another key ({_difference(begun, head)})"
                               "; go on with those, or choose another folder")  # fmt: skip
-        self._take_up(told[1:], pixels, bits)
+        self._take_up(told, pixels, bits)
         journal = Journal(path, pixels, bits)
         try:
-            if not told:
+            if begun is None:
                 journal.append(head)
                 journal.sync()
             self._decode(journal, pixels, bits)
@@ -176,15 +182,6 @@ class _Packing:
         return packed
 
     # --- where it was ---
-    def _earlier(self) -> tuple[dict[str, Any] | None, Any]:
-        if not (self.out / "pack.json").exists():
-            held = [path.name for path in self.out.iterdir() if path.name not in _OWN]
-            if held and not (self.out / _JOURNAL).exists():
-                raise ConfigError(f"{self.out} holds other things ({held[0]}); name a new folder for the pack")
-            return None, None
-        facts, table = open_index(str(self.out))
-        return facts, table
-
     def _head(self) -> dict[str, Any]:
         head = {"format": FORMAT, "size": self.config.size, "bits": self.config.bits, "key": self.key.fingerprint,
                 "shard_gb": self.config.shard_gb}  # fmt: skip
@@ -205,7 +202,7 @@ class _Packing:
         pixels = [int(name[:6]) for name in names if not name.startswith("bits-")]
         return max(pixels, default=-1) + 1, max(bits, default=-1) + 1
 
-    def _take_up(self, told: Sequence[dict[str, Any]], pixels: Shards, bits: Shards) -> None:
+    def _take_up(self, told: Iterable[dict[str, Any]], pixels: Shards, bits: Shards) -> None:
         """Everything that the journal tells of, and the shards cut to it."""
         end: dict[str, Place] = {}
         for line in told:
@@ -213,16 +210,15 @@ class _Packing:
                 self.failed[line["id"]] = line["reason"]
                 continue
             end |= {name: tuple(place) for name, place in line.pop("end").items()}
-            self.lines.append(line)
+            self.index.add(line)
         first, first_bits = self._next_shards()
         pixels.go_on(*end.get("pixels", (first, 0)))
         bits.go_on(*end.get("bits", (first_bits, 0)))
 
     # --- the work ---
     def _decode(self, journal: Journal, pixels: Shards, bits: Shards) -> None:
-        known = {line["id"] for line in self.lines} | self.failed.keys()
-        first_of = {line["digest"]: line for line in self.lines if line["alias_of"] is None}
-        todo = [(name, record) for name, record in self.records.items() if name not in known]
+        known = self.index.known
+        todo = [(n, record) for n, record in self.records.items() if n not in known and n not in self.failed]
         done = len(self.records) - len(todo)
         if done:
             self.progress.say(f"{done:,} of {len(self.records):,} images are there already")
@@ -238,18 +234,19 @@ class _Packing:
             for number, result in results:
                 name, record = todo[number]
                 if not isinstance(result, Reduced):
-                    reason = self._without_name(result.reason, record, name)
+                    reason = self._without_name(
+                        result.reason, name, str(record.image), self.names.plain(record), record.name
+                    )
                     if result.thumbnail is not None and len(self.failed) < _THUMBNAILS:
                         write_atomic(self.out / "quarantine" / f"{name}.png", result.thumbnail)
                     self.failed[name] = reason
                     journal.append({"id": name, "reason": reason})
                 else:
-                    first = first_of.get(result.digest.hex())
+                    first = self.index.first(result.digest)
                     aliases += first is not None
-                    line, end = self._keep(name, result, first, pixels, bits)
+                    line, end = self._keep(name, record, result, first, pixels, bits)
                     journal.append(line | {"end": end})
-                    self.lines.append(line)
-                    first_of.setdefault(line["digest"], line)
+                    self.index.add(line)
                 bar(number + 1, f"{len(self.failed)} set aside, {aliases} duplicates")
             journal.sync()
 
@@ -260,7 +257,7 @@ class _Packing:
             )
 
     def _keep(
-        self, name: str, reduced: Reduced, first: dict[str, Any] | None, pixels: Shards, bits: Shards
+        self, name: str, record: Record, reduced: Reduced, first: First | None, pixels: Shards, bits: Shards
     ) -> tuple[dict[str, Any], dict[str, Place]]:
         """Write a picture; (line of the journal, where the shards end). An equal one lends its pixels."""
         end: dict[str, Place] = {}
@@ -269,34 +266,42 @@ class _Packing:
             place = pixels.append(reduced.pixels.ravel())
             end["pixels"] = place[0], place[1] + reduced.pixels.size
         else:
-            place = first["shard"], first["offset"]
-            if first["valid_shard"] is not None:
-                spots["valid"] = first["valid_shard"], first["valid_offset"]
+            place = first.shard, first.offset
+            if first.valid_shard is not None and first.valid_offset is not None:
+                spots["valid"] = first.valid_shard, first.valid_offset
         parts = {f"mask {mask}": packed for mask, packed in reduced.masks.items()}
         if first is None and reduced.valid is not None:
             parts["valid"] = reduced.valid
         for part, packed in parts.items():
             spots[part] = bits.append(packed)
             end["bits"] = spots[part][0], spots[part][1] + packed.size
-        return facts_of(name, reduced, place, spots, None if first is None else first["id"]), end
+        height, width = reduced.pixels.shape
+        row = describe(record, (height, width), reduced.source, self.names, self.findings)
+        return facts_of(name, reduced, place, spots, None if first is None else first.id, row), end
 
-    def _without_name(self, reason: str, record: Record, name: str) -> str:
-        """A reason that does not say how the file is called: file names hold names of patients."""
-        for text in (str(record.image), self.names.plain(record), record.name):
+    def _without_name(self, reason: str, name: str, *texts: str) -> str:
+        """A reason that says neither how the file is called nor where it lies: such names hold names of patients."""
+        root = "" if self.root is None else str(self.root)
+        for text in sorted(filter(None, texts), key=len, reverse=True):
+            if root:  # with the folders between: they are named after patients, too
+                reason = re.sub(f"{re.escape(root)}/.*?{re.escape(text)}", name, reason)
             reason = reason.replace(text, name)
-        return reason
+        return reason.replace(root, "the source") if root else reason
 
     def _skipped(self) -> tuple[Skipped, ...]:
-        missing = [Skipped(self.key.name("image", item.image), item.reason) for item in self.collection.skipped]
+        missing = []
+        for item in self.collection.skipped:
+            name = self.key.name("image", item.image)
+            missing.append(Skipped(name, self._without_name(item.reason, name, item.image)))
         return (*missing, *(Skipped(name, reason) for name, reason in self.failed.items()))
 
     def _refuse_too_many(self) -> None:
         skipped = self._skipped()
-        named = len(self.lines) + len(skipped)
+        named = len(self.index.known) + len(skipped)
         if not named:
             raise DataError(f"{self.source} has no images")
         share = len(skipped) / named
-        if not self.lines or share > self.config.max_skipped:
+        if not self.index.known or share > self.config.max_skipped:
             first = f"first: {skipped[0].image}: {skipped[0].reason}"
             more = (
                 f"Mend them, or run again with --max_skipped {np.ceil(share * 1000) / 1000:.3f}: what is packed is kept"
@@ -310,10 +315,10 @@ class _Packing:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = build_table(self.lines, self.records, self.names, self.findings, self.before)
+        table = self.index.table()
         skipped, disagree = self._skipped(), conflicts(table, self.findings)
-        _write_csv(self.out / "quarantine.csv", ("id", "reason"), [item[:2] for item in skipped])
-        _write_csv(self.out / "conflicts.csv", Conflict._fields, disagree)
+        write_rows(self.out / "quarantine.csv", ("id", "reason"), [item[:2] for item in skipped])
+        write_rows(self.out / "conflicts.csv", Conflict._fields, disagree)
         names = self._write_names(disagree)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", row_group_size=65536)
@@ -346,7 +351,7 @@ class _Packing:
         path = self.key.path.parent / "packs" / f"{where}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
-        _write_csv(path, ("id", "name"), sorted(listed.items()))
+        write_rows(path, ("id", "name"), sorted(listed.items()))
         path.chmod(0o600)
         return path
 
@@ -355,9 +360,9 @@ def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(f"{name} {was.get(name)}, now {now[name]}" for name in now if was.get(name) != now[name])
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer)
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_atomic(path, buffer.getvalue().encode("utf-8", errors="backslashreplace"))
+def _refuse_foreign(out: Path) -> None:
+    """Raise ConfigError for a folder that holds other things than a pack, begun or finished."""
+    if out.is_dir() and not (out / "pack.json").exists() and not (out / _JOURNAL).exists():
+        held = sorted(path.name for path in out.iterdir() if path.name not in _OWN)
+        if held:
+            raise ConfigError(f"{out} holds other things ({held[0]}); name a new folder for the pack")

@@ -16,13 +16,11 @@ from otcxr.packing.store import Place
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Conflict", "Names", "build_table", "conflicts", "facts_of", "source_root", "unpacked"]
+__all__ = ["Conflict", "First", "Index", "Names", "conflicts", "describe", "facts_of", "source_root"]
 
-_PIXEL = (
-    "spacing_row", "spacing_column", "shard", "offset", "height", "width", "valid_shard", "valid_offset", "valid_share",
-    "alias_of", "flags", "format", "encoding", "photometric", "bits", "modality", "body_part", "source_height",
-    "source_width",
-)  # fmt: skip
+_DESCRIBED = ("study", "patient", "source", "sex", "age", "view", "split", "boxes")
+_FILLED = ("sex", "age", "view")  # the header of the file says them where the source does not
+_ROWS = 20_000  # that wait as Python values
 
 
 class Names:
@@ -64,10 +62,20 @@ def source_root(source: str) -> Path | None:
     return Path(path) if path and Path(path).is_dir() else None
 
 
+class First(NamedTuple):
+    """The row whose pixels equal pictures share, and where they are."""
+
+    id: str
+    shard: int
+    offset: int
+    valid_shard: int | None
+    valid_offset: int | None
+
+
 def facts_of(
-    name: str, reduced: Reduced, place: Place, bits: Mapping[str, Place], alias_of: str | None
+    name: str, reduced: Reduced, place: Place, bits: Mapping[str, Place], alias_of: str | None, row: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A line of the journal: what is known of a picture's pixels.
+    """A line of the journal: what is known of a picture.
 
     Args:
         name: Of the image.
@@ -75,6 +83,7 @@ def facts_of(
         place: Where its pixels are.
         bits: Where its validity ("valid") and masks ("mask NAME") are.
         alias_of: The image whose pixels it shares.
+        row: What its record says, see :func:`describe`: the source may have lost it when the pack goes on.
     """
     about = reduced.about
     height, width = reduced.pixels.shape
@@ -89,53 +98,23 @@ def facts_of(
         "flags": list(reduced.flags), "source_height": reduced.source[0], "source_width": reduced.source[1],
         "format": about.format, "encoding": about.encoding or None, "photometric": about.photometric or None,
         "bits": about.bits or None, "modality": about.modality or None, "body_part": about.body_part[:40] or None,
-        "sex": about.sex, "age": age_band(about.age), "view": about.view,
+        "row": {**row, **{name: row[name] or value for name, value in (
+            ("sex", about.sex), ("age", age_band(about.age)), ("view", about.view))}},
     }  # fmt: skip
 
 
-def build_table(
-    facts: Sequence[Mapping[str, Any]], records: Mapping[str, Record], names: Names, findings: Sequence[str],
-    before: Mapping[str, Mapping[str, Any]],
-) -> pa.Table:  # fmt: skip
-    """The index.
+def describe(
+    record: Record, size: tuple[int, int], source: tuple[int, int], names: Names, findings: Sequence[str]
+) -> dict[str, Any]:
+    """What a record says, as columns: names, sex, age band, view, split, labels, boxes in pixels as stored.
 
     Args:
-        facts: What is known of the pixels, a line a picture, in the order of the rows.
-        records: Image -> its record, for pictures that the source has now.
+        record: Of the source.
+        size, source: (height, width) as stored and of the file.
         names: Of studies and patients.
         findings: Columns of labels.
-        before: Image -> its row, for pictures that only an earlier run of ``otcxr pack`` has seen.
     """
-    import pyarrow as pa
-
-    schema = index_schema(tuple(findings))
-    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-    for line in facts:
-        record = records.get(line["id"])
-        row = dict(before[line["id"]]) if record is None else _described(record, line, names, findings)
-        row |= {"id": line["id"], **{name: line[name] for name in _PIXEL}}
-        row["digest"], row["phash"] = bytes.fromhex(line["digest"]), base64.b64decode(line["phash"])
-        row["masks"] = [{"name": n, "shard": s, "offset": o} for n, (s, o) in line["masks"].items()] or None
-        for name, values in columns.items():
-            values.append(row.get(name))
-    return pa.table({name: pa.array(columns[name], type=schema.field(name).type) for name in schema.names}, schema)
-
-
-def unpacked(table: pa.Table) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """An index as lines of a journal, and its rows by image; what ``build_table`` takes."""
-    lines, rows = [], {}
-    for row in table.to_pylist():
-        line = {name: row[name] for name in ("id", *_PIXEL)}
-        line |= {"digest": row["digest"].hex(), "phash": base64.b64encode(row["phash"]).decode(),
-                 "masks": {m["name"]: (m["shard"], m["offset"]) for m in row["masks"] or ()},
-                 "sex": None, "age": None, "view": None}  # fmt: skip
-        lines.append(line)
-        rows[row["id"]] = row
-    return lines, rows
-
-
-def _described(record: Record, line: Mapping[str, Any], names: Names, findings: Sequence[str]) -> dict[str, Any]:
-    tall, wide = line["height"] / line["source_height"], line["width"] / line["source_width"]
+    tall, wide = size[0] / source[0], size[1] / source[1]
     boxes = [
         {"finding": box.finding, "x": box.x * wide, "y": box.y * tall, "width": box.width * wide,
          "height": box.height * tall}
@@ -143,10 +122,106 @@ def _described(record: Record, line: Mapping[str, Any], names: Names, findings: 
     ]  # fmt: skip
     return {
         "study": names.of("study", record.study), "patient": names.of("patient", record.patient),
-        "source": record.source, "sex": record.sex or line["sex"], "age": age_band(record.age) or line["age"],
-        "view": record.view or line["view"], "split": record.split or None, "boxes": boxes or None,
+        "source": record.source, "sex": record.sex, "age": age_band(record.age), "view": record.view,
+        "split": record.split or None, "boxes": boxes or None,
         **{f"label:{finding}": record.labels.get(finding) for finding in findings},
     }  # fmt: skip
+
+
+class Index:
+    """The rows of a pack: those of an earlier one, then those that come, kept as Arrow tables of some thousand rows.
+
+    Args:
+        records: Image -> its record, for pictures that the source has now; what it says replaces what was said before.
+        names: Of studies and patients.
+        findings: Columns of labels.
+        old: Index of the pack that is added to, or None.
+    """
+
+    def __init__(
+        self, records: Mapping[str, Record], names: Names, findings: Sequence[str], old: pa.Table | None
+    ) -> None:
+        self._records, self._names, self._findings, self._old = records, names, findings, old
+        self._parts: list[pa.Table] = []
+        self._lines: list[dict[str, Any]] = []
+        self._first: dict[bytes, First | int] = {}  # of earlier rows only their number
+        self.known: set[str] = set()
+        if old is not None:
+            self.known.update(old.column("id").to_pylist())
+            digests, aliases = old.column("digest").to_pylist(), old.column("alias_of").is_null().to_pylist()
+            self._first.update((d, row) for row, (d, own) in enumerate(zip(digests, aliases, strict=True)) if own)
+
+    def first(self, digest: bytes) -> First | None:
+        """The row whose pixels have this digest; None where they are new."""
+        found = self._first.get(digest)
+        if isinstance(found, int):
+            assert self._old is not None
+            row = self._old.slice(found, 1).select(First._fields).to_pylist()[0]
+            return First(**row)
+        return found
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Add what the journal says of a picture."""
+        line = dict(line)
+        self.known.add(line["id"])
+        line["digest"], line["phash"] = bytes.fromhex(line["digest"]), base64.b64decode(line["phash"])
+        line["masks"] = [{"name": n, "shard": s, "offset": o} for n, (s, o) in line["masks"].items()] or None
+        if line["alias_of"] is None:
+            self._first.setdefault(line["digest"], First(*(line[name] for name in First._fields)))
+        was = line.pop("row")
+        record = self._records.get(line["id"])
+        now = {} if record is None else self._describe(record, line)
+        self._lines.append({**line, **was, **{name: value for name, value in now.items() if value is not None or
+                                             name not in _FILLED}})  # fmt: skip
+        if len(self._lines) >= _ROWS:
+            self._close_part()
+
+    def table(self) -> pa.Table:
+        """All of them."""
+        import pyarrow as pa
+
+        self._close_part()
+        old = [] if self._old is None else [self._refreshed(self._old)]
+        if not old and not self._parts:
+            return index_schema(tuple(self._findings)).empty_table()
+        return pa.concat_tables([*old, *self._parts]).unify_dictionaries().combine_chunks()
+
+    def _close_part(self) -> None:
+        import pyarrow as pa
+
+        schema = index_schema(tuple(self._findings))
+        if self._lines:
+            columns = {field.name: pa.array([line.get(field.name) for line in self._lines], type=field.type)
+                       for field in schema}  # fmt: skip
+            self._parts.append(pa.table(columns, schema))
+        self._lines = []
+
+    def _describe(self, record: Record, line: Mapping[str, Any]) -> dict[str, Any]:
+        size, source = (line["height"], line["width"]), (line["source_height"], line["source_width"])
+        return describe(record, size, source, self._names, self._findings)
+
+    def _refreshed(self, old: pa.Table) -> pa.Table:
+        """Earlier rows with what the source says of them now; those that it no longer has stay as they are."""
+        import pyarrow as pa
+
+        schema = index_schema(tuple(self._findings))
+        described = [name for name in schema.names if name in _DESCRIBED or name.startswith("label:")]
+        columns = {name: old.column(name).to_pylist() if name in old.schema.names else [None] * len(old)
+                   for name in described}  # fmt: skip
+        sizes = old.select(["id", "height", "width", "source_height", "source_width"])
+        for start in range(0, len(old), _ROWS):
+            for row, line in enumerate(sizes.slice(start, _ROWS).to_pylist(), start):
+                record = self._records.get(line["id"])
+                if record is None:
+                    continue
+                for name, value in self._describe(record, line).items():
+                    if value is not None or name not in _FILLED:
+                        columns[name][row] = value
+        arrays = {
+            field.name: pa.array(columns.pop(field.name), type=field.type) if field.name in columns
+            else old.column(field.name) for field in schema
+        }  # fmt: skip
+        return pa.table(arrays, schema)
 
 
 class Conflict(NamedTuple):

@@ -23,7 +23,7 @@ from otcxr.packing.frontal import unlike_frontal
 __all__ = ["Reduced", "Task", "reduce_image", "reduce_pixels", "thumbnail"]
 
 _SQUARE = 0.01  # pixels whose sides differ by less are taken as square
-_NOT_CHEST = ("CR", "DX", "RG", "XC", "SC", "OT", "")  # modalities that may be a radiograph; XC and OT: photographed
+_RADIOGRAPHS = ("CR", "DX", "RG", "XC", "SC", "OT", "")  # modalities that may be a radiograph; XC and OT: photographed
 
 
 class Task(NamedTuple):
@@ -187,7 +187,7 @@ def _flags(pixels: NDArray[Any], about: About, view: str | None) -> tuple[str, .
     found = []
     if view == "LATERAL" or about.position in ("LL", "RL", "LATERAL", "LAT"):
         found.append("lateral by its header or table")
-    if about.modality not in _NOT_CHEST:
+    if about.modality not in _RADIOGRAPHS:
         found.append(f"modality {about.modality}")
     if about.body_part and not any(word in about.body_part for word in ("CHEST", "THORA", "LUNG")):
         found.append(f"body part {about.body_part}"[:40])

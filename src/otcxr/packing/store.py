@@ -185,22 +185,32 @@ class Journal:
                 os.close(handle)
 
 
-def replay(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; a last one that was cut is dropped from the file.
+def replay(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a journal, one by one; a last one that was cut is dropped from the file first.
 
-    Raises: DataError: a line in the middle is damaged.
+    Raises: DataError: a line is damaged.
     """
     if not path.exists():
-        return []
-    with _in_words(path):
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(path, whole)
-    try:
-        return [json.loads(line) for line in data[:whole].splitlines()]
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); remove it: what it tells of is packed again") from error
+        return
+    with _in_words(path), path.open("r+b") as file:
+        whole = 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                file.truncate(whole)
+                break
+            whole += len(line)
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            try:
+                told = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{path} line {number} is damaged ({error}); remove the pack, or bring the journal back"
+                ) from error
+            if not isinstance(told, dict):
+                raise DataError(f"{path} line {number} is no line of a journal; remove the pack, or bring the "
+                                "journal back")  # fmt: skip
+            yield told
 
 
 def list_shards(folder: Path) -> list[dict[str, Any]]:
