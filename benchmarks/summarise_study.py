@@ -25,11 +25,26 @@ MEASURES = {
 
 
 def short(estimate: dict[str, Any]) -> dict[str, float | None]:
-    return {k: None if estimate[k] is None else round(estimate[k], 4) for k in ("value", "low", "high")}
+    kept = [name for name in ("value", "low", "high", "seed_deviation") if name in estimate]
+    return {name: None if estimate[name] is None else round(estimate[name], 4) for name in kept}
 
 
-def summarise(results: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
-    rows: dict[str, Any] = {name: {} for name in results["rows"]}
+HEALTH = ("effective_rank", "effective_rank_tokens", "spatial_diversity", "entropy_mu", "entropy_uniform", "mass_moved")
+
+
+def healths(cells: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Row -> seed -> what the health panel said last."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for path in sorted(cells.glob("*.train.json")):
+        cell = json.loads(path.read_text())
+        if health := cell.get("health"):
+            kept = {name: round(health[name], 4) for name in HEALTH if name in health}
+            found.setdefault(cell["unit"]["row"], {})[str(cell["unit"]["seed"])] = kept
+    return found
+
+
+def summarise(results: dict[str, Any], cell: dict[str, Any], health: dict[str, Any]) -> dict[str, Any]:
+    rows: dict[str, Any] = {name: {"health": health[name]} if name in health else {} for name in results["rows"]}
     for task, shares in results["tasks"].items():
         for share, tests in shares.items():
             table = tests["test"]
@@ -85,7 +100,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     results = json.loads((folder / "results.json").read_text())
     cell = json.loads(next(iter(sorted((folder / "cells").glob("*.linear.json")))).read_text())
-    summary = summarise(results, cell)
+    summary = summarise(results, cell, healths(folder / "cells"))
     write_atomic(
         ROOT / "docs" / "results" / "studies" / f"{summary['study']}.json", json.dumps(summary, indent=1) + "\n"
     )

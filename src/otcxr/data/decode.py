@@ -131,8 +131,7 @@ def decode_bytes(data: bytes, path: Path) -> Decoded:
         pixels, valid, about = _decode(data, path)
     if valid is not None and not valid.any():
         raise DataError(f"{path} holds no picture: every pixel is transparent or declared padding; leave it out")
-    seen = pixels if valid is None else pixels[valid]
-    low, high = seen.min(), seen.max()
+    low, high, *_ = cv2.minMaxLoc(pixels, None if valid is None else valid.view(np.uint8))
     if low == high:
         raise DataError(f"{path} holds no picture: every pixel is {high / full_scale(pixels):.3f}; leave it out")
     inside = border_valid(pixels)
