@@ -1,6 +1,6 @@
 """The main numbers of a study of the exploration, as a small JSON and a table of the notebook.
 
-    otcxr study configs/exploration/explore-1.yaml --out FOLDER
+    otcxr study configs/studies/exploration/explore-1.yaml --out FOLDER
     python benchmarks/summarise_study.py FOLDER         docs/results/studies/explore-1.json, docs/results/exploration.md
 
 Only pooled numbers over findings are kept, with intervals by patient; the study's folder has everything else.

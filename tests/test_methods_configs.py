@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = {
     file.relative_to(CONFIGS).with_suffix("").as_posix(): file
     for file in sorted(CONFIGS.rglob("*.yaml"))
-    if file.parent.name != "studies"
+    if "studies" not in file.relative_to(CONFIGS).parts
 }
 RIVALS = ["simclr", "densecl", "pcrlv2", "moco", "byol", "simsiam", "barlow", "vicreg", "vicregl", "dino"]
 

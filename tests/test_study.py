@@ -619,6 +619,20 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "studies" / "exploration").glob("*.yaml")),
+                         ids=lambda file: file.stem)  # fmt: skip
+def test_a_step_of_the_exploration_can_be_done_again_and_has_its_numbers(file):
+    study = read_study(file)
+    summary = json.loads((ROOT / "docs" / "results" / "studies" / f"{study.name}.json").read_text())
+    assert study.name == file.stem == summary["study"]
+    assert set(summary["rows"]) == {row.name for row in study.rows}
+    assert summary["reference"] == study.reference
+    notebook = (ROOT / "docs" / "results" / "exploration.md").read_text()
+    for name, row in summary["rows"].items():
+        told = row["linear"]["1"]["auroc"]
+        assert f"| `{name}` | {told['value']:.3f} [{told['low']:.3f}, {told['high']:.3f}] |" in notebook
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_committed_study_is_whole_and_its_tables_say_what_its_numbers_say(file):
     study, out = read_study(file), ROOT / "docs" / "results" / "studies" / file.stem
