@@ -225,7 +225,7 @@ def main() -> None:
     words = parser.parse_args()
     keep_memory()  # as the command line does
     cv2.setNumThreads(1)
-    count, reads, rows, batches = (60, 500, 20_000, 5) if words.quick else (1200, 20_000, 1_000_000, 200)
+    count, reads, rows, batches = (60, 500, 20_000, 5) if words.quick else (3000, 20_000, 1_000_000, 200)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         paths = make_pictures(words.originals, folder / "png", count)

@@ -20,7 +20,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from conftest import encode_png
-from otcxr.data.decode import border_valid, is_dicom, png_size
+from otcxr.data.decode import inside_border, is_dicom, png_size
 from otcxr.data.dicom import read_header
 from otcxr.data.images import box_in_square, fit_square, load_image, load_radiograph
 from otcxr.data.records import Box
@@ -735,7 +735,13 @@ def test_warnings_filters_survive_threads(tmp_path, stored):
 # -------------------------------------------------------------------------------------------- borders and squares
 
 
-def test_border_valid():
+def border_valid(image, **options):
+    valid = np.zeros(image.shape, bool)
+    valid[inside_border(image, **options)] = True
+    return valid
+
+
+def test_inside_border():
     picture = noise((40, 50)).astype(np.float32) / 255
     assert border_valid(picture).all()
     expected = np.zeros((40, 50), bool)
@@ -749,7 +755,7 @@ def test_border_valid():
     assert np.array_equal(border_valid(mixed), np.repeat(rows[:, None], 50, axis=1))
 
 
-def test_border_valid_is_one_sided_and_leaves_the_inside():
+def test_inside_border_is_one_sided_and_leaves_the_inside():
     picture = noise((40, 50)).astype(np.float32) / 255
     left = picture.copy()
     left[:, :5] = 0
@@ -770,7 +776,7 @@ def test_border_valid_is_one_sided_and_leaves_the_inside():
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_border_valid_of_a_blank_image(value):
+def test_inside_border_of_a_blank_image(value):
     assert not border_valid(np.full((6, 9), value, np.float32)).any()
 
 

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import cv2
+import imagehash
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from conftest import encode_png
 from otcxr.cli import main
@@ -36,7 +38,7 @@ from otcxr.packing import PackConfig, pack_collection
 from otcxr.packing.burned import LEAST, longest_line
 from otcxr.packing.frontal import unlike_frontal
 from otcxr.packing.page import NEAR, near_duplicates
-from otcxr.packing.reduce import Task, reduce_image, target_shape
+from otcxr.packing.reduce import Task, perceptual_hash, reduce_image, target_shape
 from otcxr.packing.store import Journal, Shards, replay
 from otcxr.packing.workers import Failure, decode_all
 from test_images import dicom, noise, smooth
@@ -884,6 +886,36 @@ def test_a_radiograph_that_was_compressed_again_is_found(tmp_path):
     page = (tmp_path / "out" / "data.html").read_text()
     assert "3 further pairs look nearly the same" in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_page_of_a_pack_where_another_one_lay_shows_its_own_pictures(tmp_path):
+    for count in (3, 9):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        for k in range(count):  # noise is flagged as unlike a chest, and so shown on the page
+            picture = np.random.default_rng(k).integers(0, 256, (64, 64), dtype=np.uint8)
+            (tmp_path / "in" / f"{k}.png").write_bytes(encode_png(picture))
+        pack(f"folder:{tmp_path / 'in'}", tmp_path / "out", size=64)
+        assert (tmp_path / "out" / "data.html").read_text().count("unlike a frontal") >= count
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_perceptual_hash_is_the_librarys(bits):
+    for record in open_collection("phantom:12,seed=3,size=128").records:
+        grey = np.round(record.image.radiograph().image[0].numpy() * 255).astype(np.uint8)
+        pixels = grey if bits == 8 else grey.astype(np.uint16) * 257
+        small = cv2.resize(grey, (64, 64), interpolation=cv2.INTER_AREA)
+        expected = imagehash.phash(Image.fromarray(small), hash_size=16).hash
+        ours = np.unpackbits(np.frombuffer(perceptual_hash(pixels), np.uint8)).reshape(16, 16).astype(bool)
+        assert (ours != expected).sum() <= (0 if bits == 8 else 4)  # 8 bits round the reduced picture
+
+
+def test_the_perceptual_hash_of_a_mirror_image_does_not_depend_on_rounding():
+    half = np.random.default_rng(0).integers(0, 256, (64, 32), dtype=np.uint8)
+    picture = np.hstack([half, half[:, ::-1]])
+    bits = np.unpackbits(np.frombuffer(perceptual_hash(picture), np.uint8)).reshape(16, 16)
+    assert not bits[:, 1::2].any()  # coefficients of odd columns are zero, and so is the median
+    assert bits[:, ::2].any()
 
 
 # ------------------------------------------------------------------------------------------------------- command line

@@ -40,6 +40,7 @@ __all__ = [
     "PackedMask",
     "age_band",
     "file_digest",
+    "forget_shards",
     "index_schema",
     "open_index",
     "open_shard",
@@ -131,6 +132,12 @@ def open_shard(folder: str, name: str) -> NDArray[Any]:
 @lru_cache(maxsize=4096)
 def _pixels(folder: str, shard: int) -> NDArray[Any]:
     return open_shard(folder, f"{shard:06d}.npy")
+
+
+def forget_shards() -> None:
+    """Map every shard anew: what lay in a folder before may have grown, or be another pack."""
+    open_shard.cache_clear()
+    _pixels.cache_clear()
 
 
 def _cut(shard: NDArray[Any], offset: int, count: int, what: str) -> NDArray[Any]:
@@ -320,8 +327,7 @@ def _open(folder: str, changed: int) -> tuple[dict[str, Any], Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    open_shard.cache_clear()  # another pack may lie where one was read before
-    _pixels.cache_clear()
+    forget_shards()
     root = Path(folder)
     facts = read_facts(root)
     path = root / "index.parquet"

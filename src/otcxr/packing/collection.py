@@ -15,7 +15,7 @@ import numpy as np
 
 from otcxr.console import Progress, SilentProgress
 from otcxr.data.identity import SiteKey, site_key
-from otcxr.data.pack import FORMAT, file_digest, open_index
+from otcxr.data.pack import FORMAT, file_digest, forget_shards, open_index
 from otcxr.data.records import Collection, Record, Skipped
 from otcxr.data.sources import open_collection
 from otcxr.errors import ConfigError, DataError
@@ -333,6 +333,7 @@ class _Packing:
         for picture in (self.out / "quarantine").glob("*.png"):  # of files that have been mended since
             if picture.stem not in self.failed:
                 picture.unlink()
+        forget_shards()  # as they were before this run
         page = write_page(self.out, facts, table, skipped, disagree)
         if skipped or disagree:
             self.progress.say(f"names of the {len(skipped)} left out and the {len(disagree)} conflicts: {names}")

@@ -25,10 +25,10 @@ SIDE = 32
 
 def describe(pixels: NDArray[Any]) -> NDArray[np.float32]:
     """x of the module's text, (1024,)."""
-    small = cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
-    ranks = np.empty(len(small), dtype=np.float32)
-    ranks[np.argsort(small, kind="stable")] = np.arange(len(small), dtype=np.float32)
-    return np.asarray((ranks - ranks.mean()) / ranks.std(), dtype=np.float32)
+    small = cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA).ravel()
+    x = np.empty(len(small), dtype=np.float32)
+    x[np.argsort(small, kind="stable")] = _standard_ranks()  # whole numbers are sorted by counting
+    return x
 
 
 def residual(x: NDArray[np.float32], mean: NDArray[np.float32], components: NDArray[np.float32]) -> float:
@@ -42,6 +42,12 @@ def unlike_frontal(pixels: NDArray[Any]) -> bool:
     """Whether a picture (H, W) is unlike frontal chest radiographs."""
     mean, components, threshold = _model()
     return residual(describe(pixels), mean, components) > threshold
+
+
+@cache
+def _standard_ranks() -> NDArray[np.float32]:
+    ranks = np.arange(SIDE * SIDE, dtype=np.float32)
+    return np.asarray((ranks - ranks.mean()) / ranks.std(), dtype=np.float32)
 
 
 @cache
