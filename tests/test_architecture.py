@@ -75,6 +75,7 @@ MAY_IMPORT = {
     "data.phantom_geometry": "data errors",
     "data.phantom_render": "data errors",
     "data.phantom_tubes": "data errors",
+    "data.png": "errors",
     "data.records": "data errors",
     "data.rsna": "data errors",
     "data.siim": "data errors",

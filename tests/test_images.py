@@ -20,9 +20,10 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from conftest import encode_png
-from otcxr.data.decode import inside_border, is_dicom, png_size
+from otcxr.data.decode import inside_border, is_dicom
 from otcxr.data.dicom import read_header
 from otcxr.data.images import box_in_square, fit_square, load_image, load_radiograph
+from otcxr.data.png import fault, header, inflated, png_size
 from otcxr.data.records import Box
 from otcxr.errors import DataError
 
@@ -155,6 +156,84 @@ def test_palette_and_few_bits_are_their_grey_values(tmp_path):
         pixels = noise((21, 31), 0, 2**depth)
         got = load_image(put(tmp_path, encode_png(pixels, depth=depth)))[0].numpy()
         assert np.abs(got - pixels / (2**depth - 1)).max() < 1e-6, depth
+
+
+def rewritten(data, edit):
+    """A PNG with its chunks (kind, content) after ``edit``, checksums right."""
+    at, chunks = 8, []
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + length]))
+        at += 12 + length
+    return data[:8] + b"".join(
+        len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+        for kind, content in edit(chunks)
+    )
+
+
+@pytest.mark.parametrize("shape", [(9, 11), (300, 400), (300, 400, 2), (300, 400, 3), (40, 50, 4)])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_an_inflated_png_shows_the_same(shape, kind):
+    """More than one stored block, several data chunks, chunks after the data."""
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(kind).max, shape, dtype=kind, endpoint=True)
+
+    def edit(chunks):
+        for name, content in chunks:
+            parts = [content[k : k + 1000] for k in range(0, len(content), 1000)] if name == b"IDAT" else [content]
+            yield from ((name, part) for part in parts)
+            if name == b"IDAT":
+                yield b"tEXt", b"Comment\0after the data"
+
+    filtered = () if shape[2:] == (2,) else (cv2.imencode(".png", pixels)[1].tobytes(),)
+    for data in (encode_png(pixels), rewritten(encode_png(pixels), edit), *filtered):
+        stored = inflated(data)
+        assert fault(stored) is None
+        assert header(stored) == header(data)
+        assert len(stored) > shape[0] * header(data).row_bytes
+        expected = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        assert np.array_equal(cv2.imdecode(np.frombuffer(stored, np.uint8), cv2.IMREAD_UNCHANGED), expected)
+
+
+def test_an_interlaced_png_is_left_to_the_decoder(tmp_path):
+    pixels = noise((40, 50))
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    raw = b"".join(b"\0" + row.tobytes() for y, x, dy, dx in passes for row in pixels[y::dy, x::dx])
+
+    def edit(chunks):
+        for name, content in chunks:
+            yield name, {b"IHDR": content[:12] + b"\1", b"IDAT": zlib.compress(raw)}.get(name, content)
+
+    data = rewritten(encode_png(pixels), edit)
+    assert header(data).interlaced
+    assert inflated(data) is data
+    assert np.array_equal(load_image(put(tmp_path, data))[0].numpy(), pixels.astype(np.float32) / np.float32(255))
+
+
+def test_data_that_are_damaged_under_right_checksums(tmp_path):
+    """OpenCV would show what came before the damage, and grey or nothing below."""
+    pixels = noise((30, 40))
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    good = zlib.compress(rows)
+    faults = {
+        "a row short": zlib.compress(rows[:-41]), "cut": good[:-8],
+        "another checksum": good[:-1] + bytes([good[-1] ^ 1]), "no deflate": b"\x78\x9c" + b"\xff" * 40,
+        "empty": b"",
+    }  # fmt: skip
+    for what, packed in faults.items():
+        data = rewritten(
+            encode_png(pixels),
+            lambda chunks, p=packed: ((name, p if name == b"IDAT" else content) for name, content in chunks),
+        )
+        assert fault(data) is None, what
+        assert inflated(data) is None, what
+        with pytest.raises(DataError, match="its data are damaged; copy it again"):
+            load_image(put(tmp_path, data))
+    more = rewritten(
+        encode_png(pixels),
+        lambda chunks: ((n, zlib.compress(rows + bytes(10_000_000)) if n == b"IDAT" else c) for n, c in chunks),
+    )
+    assert len(inflated(more)) < 2000  # what is beyond the picture is not inflated: it could fill the memory
+    assert np.array_equal(load_image(put(tmp_path, more))[0].numpy(), pixels.astype(np.float32) / np.float32(255))
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.JPEG", "x.JPG"])

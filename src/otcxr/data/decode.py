@@ -6,7 +6,6 @@ Whole numbers stay whole numbers, so what an 8- or 16-bit file holds can be redu
 from __future__ import annotations
 
 import struct
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from otcxr.data import png
 from otcxr.errors import DataError
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "inside_border",
     "is_dicom",
     "jpeg_size",
-    "png_size",
     "read_bytes",
     "refuse_size",
 ]
@@ -35,7 +34,6 @@ __all__ = [
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom"})
 MAX_PIXELS = 2**27  # a header that states more is damaged: the largest films are scanned with 2 * 10^7 pixels
 
-_PNG_START = b"\x89PNG\r\n\x1a\n"
 _TIFF_STARTS = (b"II*\0", b"MM\0*")
 
 
@@ -158,26 +156,6 @@ def refuse_size(height: int, width: int, where: object) -> None:
                         "is damaged, or it is no radiograph; leave it out")  # fmt: skip
 
 
-def png_size(path: Path) -> tuple[int, int]:
-    """Return (height, width) from a PNG's header without decoding it.
-
-    Raises: DataError: missing, or not a PNG.
-    """
-    try:
-        with path.open("rb") as file:
-            head = file.read(24)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}; check the path and its permissions"
-        ) from error
-    if len(head) < 24:
-        raise DataError(f"{path} is a PNG that is cut short ({len(head)} bytes); copy it again")
-    if not head.startswith(_PNG_START):
-        raise DataError(f"{path} is not a PNG (starts with {head[:8]!r}); convert it")
-    width, height = _png_header(head)
-    return height, width
-
-
 def inside_border(image: NDArray[Any], tolerance: float = 2 / 255) -> tuple[slice, slice]:
     """Rows and columns without those at the border that are black (or white) from end to end, within ``tolerance``.
 
@@ -208,11 +186,11 @@ def _decode(data: bytes, path: Path) -> tuple[NDArray[Any], NDArray[np.bool_] | 
     # a chunk whose length is damaged, so both are checked here; a cut TIFF it refuses.
     size: tuple[int, int] | None
     tags: dict[int, list[int]] = {}
-    if data.startswith(_PNG_START):
-        fault = _png_fault(data)
+    if data.startswith(png.START):
+        fault = png.fault(data)
         if fault:
             raise DataError(f"{path} is a PNG that is {fault} ({len(data)} bytes); copy it again")
-        kind, size = "PNG", _png_header(data)
+        kind, size = "PNG", png.header(data)[:2]
     elif data.startswith(b"\xff\xd8"):
         if not _jpeg_ends(data):
             raise DataError(f"{path} is a JPEG that is cut short ({len(data)} bytes, no end marker); copy it again")
@@ -227,11 +205,14 @@ def _decode(data: bytes, path: Path) -> tuple[NDArray[Any], NDArray[np.bool_] | 
     if size is None:
         raise DataError(f"{path} states no size in its header: it is damaged; copy it again")
     refuse_size(size[1], size[0], path)
+    content = png.inflated(data) if kind == "PNG" else data
+    if content is None:
+        raise DataError(f"{path} cannot be decoded: its data are damaged; copy it again")
     logging = cv2.utils.logging
     level = logging.getLogLevel()
     logging.setLogLevel(logging.LOG_LEVEL_SILENT)  # it writes to standard error what is said below
     try:
-        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        array = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
         raise DataError(f"{path} cannot be decoded: {error.err or error}; reduce it or copy it again") from error
     finally:
@@ -253,29 +234,6 @@ def _decode(data: bytes, path: Path) -> tuple[NDArray[Any], NDArray[np.bool_] | 
     elif array.ndim == 3:
         array = array[..., 0]
     return np.ascontiguousarray(array), valid, about
-
-
-def _png_header(data: bytes) -> tuple[int, int]:
-    """(width, height)."""
-    width, height = struct.unpack(">II", data[16:24])
-    return width, height
-
-
-def _png_fault(data: bytes) -> str | None:
-    """What is wrong with the chunks of a PNG: cut short, damaged (a checksum disagrees) or None."""
-    at, view = len(_PNG_START), memoryview(data)
-    if data[12:16] != b"IHDR":
-        return "damaged"
-    while at + 12 <= len(data):
-        end = at + 12 + int.from_bytes(view[at : at + 4], "big")
-        if end > len(data):
-            break
-        if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
-            return "damaged"
-        if data[at + 4 : at + 8] == b"IEND":
-            return None
-        at = end
-    return "cut short"
 
 
 def _jpeg_ends(data: bytes) -> bool:

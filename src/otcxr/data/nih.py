@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from otcxr.data.decode import png_size
+from otcxr.data.png import png_size
 from otcxr.data.records import Box, Collection, Record, Skipped
 from otcxr.data.tables import read_rows
 from otcxr.errors import DataError

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from otcxr.data.decode import png_size
+from otcxr.data.png import png_size
 from otcxr.data.records import Box, Collection, Record, Skipped, split_by_hash
 from otcxr.data.tables import first_file, image_files, parse_options, read_rows
 from otcxr.errors import DataError

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from otcxr.data.decode import png_size
+from otcxr.data.png import png_size
 from otcxr.data.records import Box, Collection, Record, Skipped, split_by_hash
 from otcxr.data.tables import first_file, image_files, parse_options, read_header, read_rows
 from otcxr.errors import DataError, did_you_mean
