@@ -25,13 +25,14 @@ from otcxr.evaluation.metrics import auroc
 from otcxr.evaluation.resampling import draw
 from otcxr.evaluation.statistics import common_findings, compare_drawn, holm, pool_seeds, ranking_columns, tabulate
 from otcxr.faults import Interrupted
-from otcxr.nn.encoder import Architecture, build_encoder
+from otcxr.nn.encoder import Architecture, build_encoder, encoder_digest, load_encoder
 from otcxr.nn.imported import from_torchvision, read_weights
 from otcxr.nn.resnet import ResNet
 from otcxr.study import read_study, run_study
 from otcxr.study.cells import chosen_point, external_collection, pack, unpack
 from otcxr.study.markdown import write_markdown
 from otcxr.study.results import collect
+from otcxr.train import pretrain
 
 SOURCE = "phantom:220,seed=6,size=32"
 PLAIN = {
@@ -112,6 +113,31 @@ def test_rows_take_what_differs_and_share_the_rest(tmp_path):
     ]  # fmt: skip
     assert study.config(study.units()[3], {}).seed == 1
     assert study.points() == []
+
+
+def test_every_seed_may_have_images_of_its_own(tmp_path):
+    pretrain = {**PLAIN["pretrain"], "data": {"source": "phantom:48,seed=7{seed},size=32"}}
+    study = read_study(write(tmp_path / "s.yaml", pretrain=pretrain))
+    sources = {unit.seed: study.config(unit, {}).data.source for unit in study.units() if unit.row == "simclr"}
+    assert sources == {0: "phantom:48,seed=70,size=32", 1: "phantom:48,seed=71,size=32"}
+    with pytest.raises(
+        ConfigError, match=r"judge\.source is phantom:48,seed=7\{seed\},size=32: all trainings are judged"
+    ):
+        read_study(write(tmp_path / "s.yaml", pretrain=pretrain, judge={}))
+
+
+def test_images_that_another_training_has_read_change_nothing(tmp_path):
+    """The images of a study are read once for all of its trainings; a single training reads them itself."""
+    pretrain_ = {**PLAIN["pretrain"], "data": {"source": "phantom:48,seed={seed},size=32"}}
+    file = write(tmp_path / "s.yaml", pretrain=pretrain_, methods=["simclr", "vicreg"], external=[])
+    assert run_study(file, tmp_path / "out", runs=tmp_path / "runs", workers=1) == []
+    study = read_study(file)
+    for unit in study.units():
+        config = study.config(unit, {})
+        if config is not None:
+            run = pretrain(replace(config, out=str(tmp_path / "alone" / unit.name)))
+            cell = json.loads((tmp_path / "out" / "cells" / f"{unit.name}.train.json").read_text())
+            assert cell["encoder_digest"] == encoder_digest(load_encoder(run.path)), unit
 
 
 def test_a_method_keeps_its_own_views_unless_the_study_says_otherwise(tmp_path):
@@ -280,10 +306,10 @@ def test_a_unit_that_fails_is_a_line_and_the_others_go_on(tmp_path, capsys):
 def test_a_fault_of_the_program_takes_no_other_unit_with_it(tmp_path, monkeypatch):
     from otcxr.study import cells
 
-    def broken(config, progress):
+    def broken(config, progress, pixels):
         if config.method == "vicreg":
             raise RuntimeError("out of something\nand more")
-        return pretrain(config, progress)
+        return pretrain(config, progress, pixels=pixels)
 
     pretrain = cells.pretrain
     monkeypatch.setattr(cells, "pretrain", broken)
@@ -307,7 +333,7 @@ def test_who_stops_a_training_stops_the_study(tmp_path, monkeypatch):
 
     begun = []
 
-    def stopped(config, progress):
+    def stopped(config, progress, pixels):
         begun.append(config.method)
         raise Interrupted("stopped after step 1 of 6; --resume true continues")
 

@@ -59,13 +59,18 @@ __all__ = [
 _FEW_TOKENS = 36  # per view, below which dense methods are warned about
 
 
-def pretrain(config: PretrainConfig, progress: Progress | None = None, *, stop_after: int | None = None) -> Run:
+def pretrain(
+    config: PretrainConfig, progress: Progress | None = None, *, stop_after: int | None = None,
+    pixels: PixelCache | None = None,
+) -> Run:  # fmt: skip
     """Pre-train an encoder and leave a run folder.
 
     Args:
         config: The settings.
         progress: Where to show progress; None shows nothing.
         stop_after: Save and return after so many steps of the training, as if it had been interrupted there.
+        pixels: Images with 8 bits that were read before, for several trainings in one process; it is added to, and its
+            limit of memory counts instead of ``data.cache_gb``.
     Returns: The run, finished unless ``stop_after`` ended it.
     Raises:
         ConfigError: settings that contradict each other, the machine, or the run that is continued.
@@ -84,7 +89,9 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None, *, stop_a
             if process() == 0:  # one process reads and writes the folder
                 held.enter_context(run.lock())
                 checkpoint = _open_run(config, run, progress)
-        training = _prepare(config, fabric, run, from_first(checkpoint), progress)
+        if pixels is None:
+            pixels = PixelCache(config.data.cache_gb, bits=8)
+        training = _prepare(config, fabric, run, from_first(checkpoint), pixels, progress)
         del checkpoint  # as large as the weights and the optimizer's state
         # methods that draw random numbers get streams of their own, and the caller's random state is left alone
         here = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
@@ -94,15 +101,15 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None, *, stop_a
 
 
 def _prepare(
-    config: PretrainConfig, fabric: Fabric, run: Run, checkpoint: dict[str, Any] | None, progress: Progress
-) -> Training:
+    config: PretrainConfig, fabric: Fabric, run: Run, checkpoint: dict[str, Any] | None, cache: PixelCache,
+    progress: Progress,
+) -> Training:  # fmt: skip
     """Everything before the first step: images, networks, what watches the run; all processes together."""
     if config.resume and checkpoint is None:
         progress.say(f"nothing to resume in {run.path}: starting from the beginning")
     with together():
         collection = open_collection(config.data.source)
         training = collection.split(config.data.split) if collection.has_splits else collection
-    cache = PixelCache(config.data.cache_gb, bits=8)
     with together(), progress.bar("reading images", len(training.records), "images") as bar:
         usable, skipped, contents = check_records(
             training, cache, config.data.max_skipped, bar,

@@ -23,7 +23,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 
 from otcxr.config import digest, to_plain
 from otcxr.console import Progress, SilentProgress
-from otcxr.data.records import Collection
+from otcxr.data.dataset import PixelCache
+from otcxr.data.records import Collection, Record, Skipped
 from otcxr.data.sources import open_collection
 from otcxr.errors import ConfigError, DataError, OtcxrError
 from otcxr.evaluation.features import calibrate_norms
@@ -41,7 +42,7 @@ from otcxr.evaluation.protocols import Features, device_of
 from otcxr.evaluation.tasks import prepare, protocol_config, view_for
 from otcxr.faults import Interrupted
 from otcxr.files import write_atomic
-from otcxr.matching import choose_images, load_method, match_images
+from otcxr.matching import PairScores, choose_images, load_method, match_images
 from otcxr.nn.encoder import Encoder, build_encoder, encoder_digest, load_encoder
 from otcxr.nn.imported import from_torchvision, read_weights
 from otcxr.runs import Run, describe_environment
@@ -124,6 +125,7 @@ def run_unit(
     how = protocol_config(study.evaluate)
     cache = None if config is None else Run(run_folder(study, unit, config, runs)).features
     features = Features(encoder.to(device_of(study.evaluate.accelerator)), material, how, cache, progress, unit.name)
+    paired: _Paired | None = None
     for task in tasks:
         begun = time.perf_counter()
         if task == "tune":
@@ -133,8 +135,10 @@ def run_unit(
             value = _macro(material.val.labels[given.val], scored.val)
             cell: dict[str, Any] = {"point": chosen, "validation_auroc": value}
         elif task in PAIR_TASKS:
-            folder = None if config is None else run_folder(study, unit, config, runs)
-            cell = _paired(study, task, features.encoder, folder, material, progress)
+            if paired is None:  # both tasks look at the same pairs
+                folder = None if config is None else run_folder(study, unit, config, runs)
+                paired = _match(study, features.encoder, folder, material, progress)
+            cell = _paired_cell(study, task, paired, material)
         else:
             cell = _judged(study, unit, task, features, views(task), progress)
         cell = {
@@ -304,7 +308,9 @@ def _begin(threads: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-_MATERIAL: dict[tuple[str, str], Views] = {}  # of this process: images are decoded once for all of its units
+# of this process: images are decoded once for all of its units, to judge and to train
+_MATERIAL: dict[tuple[str, str], Views] = {}
+_PIXELS: list[PixelCache] = []
 
 
 class Views:
@@ -362,7 +368,9 @@ def _encoder(
     facts: dict[str, Any] = {"study": study.name, "unit": unit._asdict(), "digest": made, "tuned": dict(chosen)}
     if config is not None:
         folder = run_folder(study, unit, config, runs)
-        run = pretrain(replace(config, out=str(folder), resume=True), progress)
+        if not _PIXELS:
+            _PIXELS.append(PixelCache(config.data.cache_gb, bits=8))
+        run = pretrain(replace(config, out=str(folder), resume=True), progress, pixels=_PIXELS[0])
         encoder = load_encoder(folder)
         lines = run.read_metrics()
         trained = [line for line in lines if "loss" in line]
@@ -430,9 +438,13 @@ def _judged(
     }  # fmt: skip
 
 
-def _paired(
-    study: Study, task: str, encoder: Encoder, folder: Path | None, material: Material, progress: Progress
-) -> dict[str, Any]:
+class _Paired(NamedTuple):
+    scores: list[PairScores]
+    used: list[Record]
+    skipped: list[Skipped]
+
+
+def _match(study: Study, encoder: Encoder, folder: Path | None, material: Material, progress: Progress) -> _Paired:
     """What a method pairs on the test images; of an encoder without one only what its maps tell."""
     first = study.rows[0].config
     assert first is not None
@@ -440,15 +452,18 @@ def _paired(
     if folder is not None:
         method = load_method(Run.open(folder)).to(next(encoder.parameters()).device).eval()
         encoder, match = method.encoder, method.match
-    part = material.tests[study.test]
-    records = choose_images(part.records, study.matching)
-    scores, used, skipped = match_images(
+    records = choose_images(material.tests[study.test].records, study.matching)
+    return _Paired(*match_images(
         encoder, match or (lambda _: None), records, first.views, study.matching, study.source, progress
-    )
-    answer = answer_of_pairs(task, scores, material.findings, used)
+    ))  # fmt: skip
+
+
+def _paired_cell(study: Study, task: str, paired: _Paired, material: Material) -> dict[str, Any]:
+    answer = answer_of_pairs(task, paired.scores, material.findings, paired.used)
+    skipped = (*material.tests[study.test].skipped, *paired.skipped)
     return {
-        "findings": list(answer.findings), "images": {study.test: digest([r.name for r in used])},
-        "skipped": {study.test: [item.image for item in (*part.skipped, *skipped)]},
+        "findings": list(answer.findings), "images": {study.test: digest([r.name for r in paired.used])},
+        "skipped": {study.test: [item.image for item in skipped]},
         "regions": {study.test: pack(answer.labels)},
         "splits": {"fit": {"images": 0, "patients": 0}, "val": {"images": 0, "patients": 0}},
         "shares": {"1": {

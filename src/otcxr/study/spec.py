@@ -62,6 +62,7 @@ _UNUSED = {
     "rule": "its cells are scores, and rankings of them are compared",
     "subgroups": "take within for groups",
 }
+SEED = "{seed}"  # in pretrain.data.source: the seed of the training
 _JUDGE = {"source", "fit", "val", "test", "tasks", "settings", "finetune", "segment", "matching"}
 
 
@@ -169,7 +170,10 @@ class Study:
     def config(self, unit: Unit, chosen: Mapping[str, Any]) -> PretrainConfig | None:
         """The training of a unit with tuned settings; None for a network that is not trained."""
         base = self.row(unit.row).config
-        return None if base is None else replace(_with(base, chosen), seed=unit.seed)
+        if base is None:
+            return None
+        source = base.data.source.replace(SEED, str(unit.seed))
+        return replace(_with(base, chosen), seed=unit.seed, data=replace(base.data, source=source))
 
     def judge_digest(self, task: str) -> str:
         """Digest of all that decides what a task says of an encoder; settings of other tasks are no part of it."""
@@ -245,9 +249,13 @@ def read_study(path: str | Path) -> Study:
     for place, entry in enumerate(external):
         if entry.name in (*roles, *(other.name for other in external[:place])):
             raise ConfigError(f"external: the name '{entry.name}' is taken; give every collection a name of its own")
+    source = str(judge.get("source") or first.data.source)
+    if SEED in source:
+        raise ConfigError(f"judge.source is {source}: all trainings are judged on the same images; name them without "
+                          f"{SEED}, which belongs into pretrain.data.source")  # fmt: skip
     study = Study(
         name=str(plain.get("name") or path.stem), text=" ".join(str(plain.get("text") or "").split()), seeds=seeds,
-        reference=reference, rows=tuple(rows), source=str(judge.get("source") or first.data.source), tasks=tasks,
+        reference=reference, rows=tuple(rows), source=source, tasks=tasks,
         evaluate=read_settings(EvaluateConfig, evaluate),
         matching=read_settings(MatchingConfig, judge.get("matching") or {}), fit=str(judge.get("fit") or "train"),
         val=str(judge.get("val") or "val"), test=str(judge.get("test") or "test"),
