@@ -868,6 +868,80 @@ def test_contrast_masses_are_their_formula_and_learn_nothing():
             close(pair.masses[v][i].numpy(force=True), expected, atol=1e-7)
 
 
+def shown_in_both(batch, valid, first):
+    """For both views the positions (B, 16) whose true place is a valid cell of the other view, by a loop."""
+    geometry = batch.geometry.double().numpy()
+    found = np.zeros((2, geometry.shape[1], 16), bool)
+    for v in (0, 1):
+        for i in range(geometry.shape[1]):
+            there = np.linalg.inv(np.vstack([geometry[1 - v, i], [0, 0, 1]])) @ np.vstack([geometry[v, i], [0, 0, 1]])
+            for j in np.flatnonzero(valid[v][i].numpy()):
+                x, y, _ = there @ np.array([(j % 4 + first) / 4, (j // 4 + first) / 4, 1])
+                column, row = round(4 * x - first), round(4 * y - first)
+                inside = 0 <= column < 4 and 0 <= row < 4
+                found[v, i, j] = inside and bool(valid[1 - v][i][4 * row + column])
+    return found
+
+
+def test_masses_by_overlap_lie_where_both_views_look():
+    settings = replace(EXPLICIT, mass="overlap", mass_gradient=False, infuse=False, floor=0.2)
+    method = stubbed(settings)
+    assert method.cross_view is None
+    batch = views()
+    pair = method._pair(encode_views(method.encoder, batch.views), batch, (0, 1))
+    both = shown_in_both(batch, pair.valid, method.encoder.first_centre)
+    assert 0 < both.mean() < 0.9
+    for v in (0, 1):
+        valid = pair.valid[v].double().numpy()
+        expected = 0.8 * both[v] / both[v].sum(-1, keepdims=True) + 0.2 * valid / valid.sum(-1, keepdims=True)
+        close(pair.masses[v].numpy(force=True), expected, atol=1e-7)
+    # views that have nothing in common: every valid position counts the same
+    far = batch.geometry.clone()
+    far[1, :, :, 2] += 9.0
+    apart = batch._replace(geometry=far)
+    pair = method._pair(encode_views(method.encoder, apart.views), apart, (0, 1))
+    for mass, valid in zip(pair.masses, pair.valid, strict=True):
+        close(mass.numpy(force=True), (valid / valid.sum(-1, keepdim=True)).numpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize("mass", ["score", "attention"])
+def test_masses_are_taught_where_the_views_overlap(mass):
+    still = {"alpha": 0.0, "beta": 0.0, "eta": 0.0, "mass_weight": 0.0, "global_weight": 0.0}
+    method = stubbed(replace(EXPLICIT, mass=mass, mass_gradient=False, **still, overlap_weight=1.5, floor=0.05))
+    batch = views()
+    out = method(batch)
+    pair = method._pair(encode_views(method.encoder, batch.views), batch, (0, 1))
+    both = shown_in_both(batch, pair.valid, method.encoder.first_centre)
+    total = 0.0
+    for v in (0, 1):
+        for i, row in enumerate(pair.masses[v].double().numpy(force=True)):
+            there = both[v, i]
+            total += sum(math.log(1 / there.sum() / m) / there.sum() for m in row[there])
+    assert out.loss.item() == pytest.approx(1.5 * total / (2 * len(batch.views[0])), rel=1e-5)
+    grads = gradients(method, out.loss)
+    assert alive(grads["cross_view.query.weight"])
+    assert alive(grads["encoder.maps.0"])
+    optimizer = torch.optim.Adam(
+        [p for name, p in method.named_parameters() if "cross" in name or "score" in name], 0.02
+    )
+    losses = []
+    for _ in range(60):
+        losses.append(method(batch).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_there_must_be_something_to_teach():
+    for mass in ("uniform", "contrast", "overlap"):
+        with pytest.raises(ConfigError, match="there is nothing to teach: set mass to score or attention"):
+            replace(EXPLICIT, mass=mass, mass_gradient=False, overlap_weight=1.0)
+    with pytest.raises(ConfigError, match="needs a method.floor above 0"):
+        replace(EXPLICIT, floor=0.0, overlap_weight=1.0)
+    assert replace(EXPLICIT, **ASIDE, overlap_weight=1.0).trains_masses
+
+
 def test_a_score_head_needs_something_to_learn_from():
     for wrong in ({"global_pool": "uniform"}, {"global_pool": "mass", "global_weight": 0.0}):
         with pytest.raises(ConfigError, match="never learns"):
@@ -1063,7 +1137,10 @@ def test_the_global_term_does_not_overflow_in_half_precision():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mass": "scores"}, "method.mass must be one of score, attention, contrast, uniform, received 'scores'"),
+        (
+            {"mass": "scores"},
+            "method.mass must be one of score, attention, contrast, overlap, uniform, received 'scores'",
+        ),
         ({"variance_rows": ("tokens", "image")}, "method.variance_rows may hold pooled, .*; received 'image'"),
         ({"mass_gradient": False}, "method.mass = score needs method.mass_gradient = true"),
         ({"floor": 1.0}, r"method.floor must be in \[0, 1\).* received 1.0"),

@@ -11,7 +11,10 @@
 
     L = alpha L_OT + beta sum_rows [v(q_s) + v(q_t)] / 2 + eta [c(q_s) + c(q_t)]
         + global_weight (alpha |g_s - g_t|^2 / d + beta [v(g_s) + v(g_t)] / 2 + eta [c(g_s) + c(g_t)])
-        + mass_weight mean max(0, ln(mass_area n_valid) - H(mu))
+        + mass_weight mean max(0, ln(mass_area n_valid) - H(mu)) + overlap_weight mean KL(o | mu)
+
+with o uniform over the positions that the other view shows, too, by the geometry of the views, 0 elsewhere; an image
+whose views show nothing in common counts 0.
 
 With ``place`` the plan is solved with C + place (1 - exp(-d^2 / (2 place_radius^2))), d the distance in cells between
 what two positions really show: a prior from the geometry of the views, which the features may overrule.
@@ -86,7 +89,8 @@ from otcxr.ot import Transport, at_least_float32, cosine_cost, entropy, sinkhorn
 __all__ = ["OTCXR", "OTCXRSettings"]
 
 _ROWS = ("pooled", "tokens", "position", "within-image")
-_MASSES = ("score", "attention", "contrast", "uniform")
+_MASSES = ("score", "attention", "contrast", "overlap", "uniform")
+_LEARNED = ("score", "attention")
 _POOLS = ("uniform", "mass", "aside")
 _PAIRINGS = ("transport", "same-cell", "nearest", "geometry")
 
@@ -99,7 +103,8 @@ class OTCXRSettings:
         mass: Where the masses come from: "score" (a head on R, softmax), "attention" (what a token receives from the
             other view, mean over heads and queries), "contrast" (softmax of how much the best match in the other view
             is cheaper than the mean one, over ``temperature``, from the cost without gradient: positions that are in
-            both views and unlike others; no CV-SIM) or "uniform".
+            both views and unlike others; no CV-SIM), "overlap" (o of the module's text, from the geometry; no CV-SIM)
+            or "uniform".
         mass_gradient: Let the transport term train the masses. False only with "attention": a score head without
             gradient would stay as it was made. Without gradient and without ``infuse`` nothing trains CV-SIM: it is a
             fixed random attention, and the masses are nearly uniform. With gradient, masses were seen to gather on
@@ -108,6 +113,7 @@ class OTCXRSettings:
         floor: kappa in mu <- (1 - kappa) mu + kappa / n_valid; without one all mass can fall on one cell.
         mass_area: Share of the valid tokens that the masses should at least spread over, as exp(H) / n_valid.
         mass_weight: Weight of max(0, ln(mass_area n_valid) - H), mean over both views; 0 switches it off.
+        overlap_weight: Weight of KL(o | mu), mean over both views: learned masses are taught where the views overlap.
         infuse: Add R to z before the projector.
         pairing: Which positions are aligned: by "transport", or, as controls, "same-cell", "nearest" or "geometry".
         heads: Heads of the cross-view attention.
@@ -144,6 +150,7 @@ class OTCXRSettings:
     floor: float = 0.1
     mass_area: float = 0.5
     mass_weight: float = 25.0
+    overlap_weight: float = 0.0
     infuse: bool = False
     pairing: str = "transport"
     heads: int = 8
@@ -179,14 +186,21 @@ class OTCXRSettings:
             raise ConfigError(f"method.global_pool must be one of {', '.join(_POOLS)}, received '{self.global_pool}'")
         if self.mass == "score" and not self.trains_masses:
             raise ConfigError(
-                "method.mass = score needs method.mass_gradient = true, or method.global_pool = mass or aside with a "
-                "method.global_weight above 0: a score head without gradient never learns"
+                "method.mass = score needs method.mass_gradient = true, a method.overlap_weight above 0, or "
+                "method.global_pool = mass or aside with a method.global_weight above 0: a score head without gradient "
+                "never learns"
             )
+        if self.overlap_weight > 0 and self.mass not in _LEARNED:
+            raise ConfigError(f"method.overlap_weight teaches masses that are learned; with method.mass = {self.mass} "
+                              f"there is nothing to teach: set mass to {' or '.join(_LEARNED)}")  # fmt: skip
+        if self.overlap_weight > 0 and self.floor == 0:
+            raise ConfigError("method.overlap_weight needs a method.floor above 0: KL(o | mu) has no bound without one")
         if not 0 <= self.floor < 1 or not 0 < self.mass_area <= 1:
             raise ConfigError(f"method.floor must be in [0, 1) and method.mass_area in (0, 1], received {self.floor} "
                               f"and {self.mass_area}")  # fmt: skip
         sizes = ("heads", "hidden", "outputs", "global_hidden", "global_outputs")
-        weights = ("alpha", "beta", "eta", "global_weight", "mass_weight", "within_target", "place")
+        weights = ("alpha", "beta", "eta", "global_weight", "mass_weight", "overlap_weight",
+                   "within_target", "place")  # fmt: skip
         check_at_least(1, **{name: getattr(self, name) for name in (*sizes, "max_iterations")})
         check_at_least(0, **{name: getattr(self, name) for name in weights})
         check_positive(temperature=self.temperature, epsilon=self.epsilon, tolerance=self.tolerance,
@@ -200,12 +214,12 @@ class OTCXRSettings:
     def trains_masses(self) -> bool:
         """Whether any term of the loss has a gradient in the masses."""
         pooled = self.global_pool != "uniform" and self.global_weight > 0
-        return self.mass in ("score", "attention") and (self.mass_gradient or pooled)
+        return self.mass in _LEARNED and (self.mass_gradient or pooled or self.overlap_weight > 0)
 
 
 class _Pair(NamedTuple):
     """Everything about one pair of views: tokens z, masses, projections q, the plan and what it costs (B,), how it was
-    solved (None where nothing was), attention of s on t."""
+    solved (None where nothing was), attention of s on t, o of both views (None where nothing asks for it)."""
 
     tokens: tuple[Tensor, Tensor]
     valid: tuple[Tensor, Tensor]
@@ -216,6 +230,7 @@ class _Pair(NamedTuple):
     value: Tensor
     solved: Transport | None
     attention: Tensor | None
+    overlap: tuple[Tensor, Tensor] | None
 
 
 class OTCXR(SSLMethod):
@@ -225,7 +240,7 @@ class OTCXR(SSLMethod):
         super().__init__(encoder, settings)
         dim = encoder.channels[-1]
         self.projector = TokenProjector(dim, settings.hidden, settings.outputs)
-        needs_cross_view = settings.infuse or settings.mass in ("score", "attention")
+        needs_cross_view = settings.infuse or settings.mass in _LEARNED
         self.cross_view = CrossViewAttention(dim, settings.heads) if needs_cross_view else None
         if self.cross_view is not None and not settings.infuse and not settings.trains_masses:
             self.cross_view.requires_grad_(False)  # nothing would train it: then it is a fixed random attention
@@ -286,6 +301,10 @@ class OTCXR(SSLMethod):
         if s.mass_weight > 0 and s.trains_masses:
             terms["mass"] = sum(map(self._concentration, pair.masses, pair.valid), loss.new_zeros(())) / 2
             loss = loss + s.mass_weight * terms["mass"]
+        if s.overlap_weight > 0:
+            assert pair.overlap is not None
+            terms["overlap"] = sum(map(_divergence, pair.overlap, pair.masses), loss.new_zeros(())) / 2
+            loss = loss + s.overlap_weight * terms["overlap"]
         with torch.no_grad():  # what it costs when nothing is matched: P = mu nu^T
             mu, nu = pair.masses
             terms[f"{name}_chance"] = (mu.unsqueeze(-1) * pair.cost * nu.unsqueeze(-2)).sum((-1, -2)).mean()
@@ -318,7 +337,13 @@ class OTCXR(SSLMethod):
             wide_s, wide_t = at_least_float32(q_s), at_least_float32(q_t)
             centre = mean_of_rows(torch.cat((wide_s[valid_s], wide_t[valid_t])))[0] if s.centred_cost else 0.0
             cost = cosine_cost(wide_s - centre, wide_t - centre)
-        if s.mass == "contrast":
+        overlap = None
+        if s.mass == "overlap" or s.overlap_weight > 0:
+            overlap = self._overlap(batch, views, (map_s, map_t), (valid_s, valid_t), cost.dtype)
+        if s.mass == "overlap":
+            assert overlap is not None
+            mu, nu = (self._floored(o, valid) for o, valid in zip(overlap, (valid_s, valid_t), strict=True))
+        elif s.mass == "contrast":
             mu = self._contrast(cost.detach(), valid_s, valid_t)
             nu = self._contrast(cost.detach().mT, valid_t, valid_s)
         else:
@@ -339,7 +364,31 @@ class OTCXR(SSLMethod):
             grids = (map_s.shape[-2], map_s.shape[-1]), (map_t.shape[-2], map_t.shape[-1])
             plan = self._paired(cost, (sent, received), (valid_s, valid_t), grids, batch.geometry[list(views)])
             value = (plan * cost).sum((-1, -2))
-        return _Pair((z_s, z_t), (valid_s, valid_t), (mu, nu), (q_s, q_t), cost, plan, value, solved, weights_s)
+        return _Pair(
+            (z_s, z_t), (valid_s, valid_t), (mu, nu), (q_s, q_t), cost, plan, value, solved, weights_s, overlap
+        )
+
+    @torch.no_grad()
+    def _overlap(
+        self, batch: ViewBatch, views: tuple[int, int], maps: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """o of the module's text for both views, (B, n) and (B, m); all 0 where nothing is in common."""
+        grids = [(int(last.shape[-2]), int(last.shape[-1])) for last in maps]
+        found = []
+        for v, w in ((0, 1), (1, 0)):
+            known = correspondence(
+                batch.geometry[views[v]], batch.geometry[views[w]], valid[v], valid[w], grids[v], grids[w],
+                self.encoder.first_centre,
+            ).known.to(dtype)  # fmt: skip
+            found.append(known / known.sum(-1, keepdim=True).clamp_min(1))
+        return found[0], found[1]
+
+    def _floored(self, mass: Tensor, valid: Tensor) -> Tensor:
+        """(1 - kappa) mass + kappa / n_valid; uniform where the masses are all 0."""
+        uniform = valid.to(mass.dtype) / valid.sum(-1, keepdim=True)
+        floored = (1 - self.settings.floor) * mass + self.settings.floor * uniform
+        return torch.where((mass.sum(-1, keepdim=True) > 0), floored, uniform)
 
     def _elsewhere(self, batch: ViewBatch, views: tuple[int, int], map_s: Tensor, map_t: Tensor) -> Tensor:
         """1 - exp(-d^2 / (2 place_radius^2)) of the distance in cells between what tokens show: (B, n, m) in [0, 1]."""
@@ -398,10 +447,8 @@ class OTCXR(SSLMethod):
         """
         s = self.settings
         dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
-        count = valid.sum(-1, keepdim=True).to(dtype)
-        uniform = valid.to(dtype) / count
         if s.mass == "uniform":
-            return uniform
+            return valid.to(dtype) / valid.sum(-1, keepdim=True).to(dtype)
         with torch.autocast(valid.device.type, enabled=False):
             if self.score is not None:
                 assert infused is not None
@@ -411,8 +458,7 @@ class OTCXR(SSLMethod):
                 assert received is not None
                 queries = other_valid[:, None, :, None].to(dtype)
                 mass = (received.to(dtype) * queries).sum(2).mean(1) / queries.sum(2).mean(1)
-            floored: Tensor = (1 - s.floor) * mass + s.floor * uniform
-            return floored
+            return self._floored(mass, valid)
 
     def _contrast(self, cost: Tensor, valid: Tensor, other_valid: Tensor) -> Tensor:
         """Masses (B, n) of one view: softmax of (mean_j C_ij - min_j C_ij) / temperature over valid i and j."""
@@ -420,9 +466,7 @@ class OTCXR(SSLMethod):
         count = other_valid.sum(-1, keepdim=True).clamp_min(1).to(cost.dtype)
         gap = (cost * there).sum(-1) / count - cost.masked_fill(~there, float("inf")).amin(-1)
         mass = (gap / self.settings.temperature).masked_fill(~valid, float("-inf")).softmax(-1)
-        uniform = valid.to(cost.dtype) / valid.sum(-1, keepdim=True)
-        floored: Tensor = (1 - self.settings.floor) * mass + self.settings.floor * uniform
-        return floored
+        return self._floored(mass, valid)
 
     def _variance(self, q: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
         """Sum of the variance hinges over the kinds of rows that are asked for."""
@@ -463,6 +507,13 @@ def _invariance(projector: nn.Module, pooled: list[Tensor]) -> tuple[Tensor, Ten
     """Invariance, variance and covariance of the projections of two views."""
     g_s, g_t = projector(torch.cat(pooled)).chunk(2)
     return squared_difference(g_s, g_t), (variance(g_s) + variance(g_t)) / 2, covariance(g_s) + covariance(g_t)
+
+
+def _divergence(taught: Tensor, mass: Tensor) -> Tensor:
+    """Mean over the batch of KL(taught | mass), 0 for a row of taught that is all 0; (B, n) both."""
+    there = taught > 0
+    ratio = torch.where(there, taught, 1.0).log() - torch.where(there, mass, 1.0).log()
+    return (taught * ratio).sum(-1).mean()
 
 
 def _local_tokens(valid: Tensor, last: Tensor, number: int) -> Tensor:
