@@ -139,6 +139,8 @@ def measured_columns(values: Mapping[str, NDArray[np.float64]], notes: Sequence[
         column = Column(array, mean_of_positives, notes)
         if name == "hausdorff":
             column = column._replace(bounds=(0.0, math.sqrt(2)), higher_is_better=False, anchor=False)
+        elif name == "plan_gain":
+            column = column._replace(bounds=(-1.0, 1.0), anchor=False)
         elif name in ("empties", "left_empty"):
             metric: Metric = auroc if name == "empties" else mean_of_negatives
             column = column._replace(metrics=metric, notes=few, anchor=False)

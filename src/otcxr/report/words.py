@@ -47,7 +47,8 @@ MEASURE_NAMES = {
     "pointing": "strongest place inside", "energy": "heat inside", "lung_energy": "heat in the lungs",
     "region_iou": "IoU above Otsu", "iou@0.25": "IoU >= 0.25", "iobb@0.25": "IoBB >= 0.25",
     "plan": "plan", "exact": "plan, exact cell", "nearest_by_cost": "nearest by cost",
-    "nearest_by_map": "nearest by map", "same_place": "same place", "chance": "chance",
+    "nearest_by_map": "nearest by map", "plan_gain": "plan less nearest by map",
+    "same_place": "same place", "chance": "chance",
     "learned": "method's mass inside", "uniform": "uniform mass inside",
 }  # fmt: skip
 

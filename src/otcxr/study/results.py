@@ -317,6 +317,8 @@ def _columns(cells: _Cells, share: str, test: str, part: Part, rows: Any) -> dic
     notes = ["" if ok else "not fitted: too few patients with, or without, it among the labelled" for ok in fitted]
     names = list(shares[0]["tests"][test])
     arrays = {name: np.stack([unpack(one["tests"][test][name]) for one in shares]) for name in names}
+    if "plan" in arrays and "nearest_by_map" in arrays:
+        arrays["plan_gain"] = arrays["plan"] - arrays["nearest_by_map"]
     if rows is not None:
         arrays = {name: array[:, rows] for name, array in arrays.items()}
     if names == ["score"]:
