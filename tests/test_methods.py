@@ -933,9 +933,26 @@ def test_masses_are_taught_where_the_views_overlap(mass):
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_teaching_without_use_leaves_the_plan_alone():
+    plain = stubbed(replace(EXPLICIT, mass="uniform", mass_gradient=False))
+    taught = stubbed(replace(plain.settings, overlap_weight=1.5))
+    batch = views()
+    a, b = (m._pair(encode_views(m.encoder, batch.views), batch, (0, 1)) for m in (plain, taught))
+    assert torch.equal(a.masses[0], b.masses[0])
+    assert torch.equal(a.plan, b.plan)
+    out, without = taught(batch), plain(batch)
+    assert out.loss.item() == pytest.approx(without.loss.item() + 1.5 * out.terms["overlap"].item(), rel=1e-6)
+    assert out.terms["overlap"] > 0
+    grads = gradients(taught, taught(batch).loss)
+    assert alive(grads["score.1.weight"])
+    assert alive(grads["cross_view.query.weight"])
+    scored = stubbed(replace(taught.settings, mass="score"))
+    assert out.terms["overlap"].item() == pytest.approx(scored(batch).terms["overlap"].item(), rel=1e-6)
+
+
 def test_there_must_be_something_to_teach():
-    for mass in ("uniform", "contrast", "overlap"):
-        with pytest.raises(ConfigError, match="there is nothing to teach: set mass to score or attention"):
+    for mass in ("contrast", "overlap"):
+        with pytest.raises(ConfigError, match="there is nothing to teach: set mass to score, attention or uniform"):
             replace(EXPLICIT, mass=mass, mass_gradient=False, overlap_weight=1.0)
     with pytest.raises(ConfigError, match="needs a method.floor above 0"):
         replace(EXPLICIT, floor=0.0, overlap_weight=1.0)

@@ -114,6 +114,7 @@ class OTCXRSettings:
         mass_area: Share of the valid tokens that the masses should at least spread over, as exp(H) / n_valid.
         mass_weight: Weight of max(0, ln(mass_area n_valid) - H), mean over both views; 0 switches it off.
         overlap_weight: Weight of KL(o | mu), mean over both views: learned masses are taught where the views overlap.
+            With "uniform" the masses of a score head are taught and not used: what teaching does without them.
         infuse: Add R to z before the projector.
         pairing: Which positions are aligned: by "transport", or, as controls, "same-cell", "nearest" or "geometry".
         heads: Heads of the cross-view attention.
@@ -190,9 +191,9 @@ class OTCXRSettings:
                 "method.global_pool = mass or aside with a method.global_weight above 0: a score head without gradient "
                 "never learns"
             )
-        if self.overlap_weight > 0 and self.mass not in _LEARNED:
+        if self.overlap_weight > 0 and self.mass not in (*_LEARNED, "uniform"):
             raise ConfigError(f"method.overlap_weight teaches masses that are learned; with method.mass = {self.mass} "
-                              f"there is nothing to teach: set mass to {' or '.join(_LEARNED)}")  # fmt: skip
+                              f"there is nothing to teach: set mass to {', '.join(_LEARNED)} or uniform")  # fmt: skip
         if self.overlap_weight > 0 and self.floor == 0:
             raise ConfigError("method.overlap_weight needs a method.floor above 0: KL(o | mu) has no bound without one")
         if not 0 <= self.floor < 1 or not 0 < self.mass_area <= 1:
@@ -214,12 +215,18 @@ class OTCXRSettings:
     def trains_masses(self) -> bool:
         """Whether any term of the loss has a gradient in the masses."""
         pooled = self.global_pool != "uniform" and self.global_weight > 0
-        return self.mass in _LEARNED and (self.mass_gradient or pooled or self.overlap_weight > 0)
+        return self.overlap_weight > 0 or (self.mass in _LEARNED and (self.mass_gradient or pooled))
+
+    @property
+    def has_score(self) -> bool:
+        """Whether there is a score head, for the masses or only to be taught."""
+        return self.mass == "score" or (self.mass == "uniform" and self.overlap_weight > 0)
 
 
 class _Pair(NamedTuple):
     """Everything about one pair of views: tokens z, masses, projections q, the plan and what it costs (B,), how it was
-    solved (None where nothing was), attention of s on t, o of both views (None where nothing asks for it)."""
+    solved (None where nothing was), attention of s on t, o of both views and the masses that are taught it (None where
+    none are)."""
 
     tokens: tuple[Tensor, Tensor]
     valid: tuple[Tensor, Tensor]
@@ -230,7 +237,7 @@ class _Pair(NamedTuple):
     value: Tensor
     solved: Transport | None
     attention: Tensor | None
-    overlap: tuple[Tensor, Tensor] | None
+    lesson: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None
 
 
 class OTCXR(SSLMethod):
@@ -240,7 +247,7 @@ class OTCXR(SSLMethod):
         super().__init__(encoder, settings)
         dim = encoder.channels[-1]
         self.projector = TokenProjector(dim, settings.hidden, settings.outputs)
-        needs_cross_view = settings.infuse or settings.mass in _LEARNED
+        needs_cross_view = settings.infuse or settings.mass in _LEARNED or settings.has_score
         self.cross_view = CrossViewAttention(dim, settings.heads) if needs_cross_view else None
         if self.cross_view is not None and not settings.infuse and not settings.trains_masses:
             self.cross_view.requires_grad_(False)  # nothing would train it: then it is a fixed random attention
@@ -256,7 +263,7 @@ class OTCXR(SSLMethod):
             if settings.global_weight > 0 and settings.global_pool == "aside" and settings.trains_masses
             else None
         )
-        self.score = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1)) if settings.mass == "score" else None
+        self.score = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1)) if settings.has_score else None
 
     def forward(self, batch: ViewBatch, *, observe: bool = False) -> StepOutput:
         maps = encode_views(self.encoder, batch.views)
@@ -298,12 +305,12 @@ class OTCXR(SSLMethod):
             aside = _invariance(self.aside_projector, pooled)
             terms["aside"] = s.alpha * aside[0] + s.beta * aside[1] + s.eta * aside[2]
             loss = loss + s.global_weight * terms["aside"]
-        if s.mass_weight > 0 and s.trains_masses:
+        if s.mass_weight > 0 and s.trains_masses and s.mass in _LEARNED:
             terms["mass"] = sum(map(self._concentration, pair.masses, pair.valid), loss.new_zeros(())) / 2
             loss = loss + s.mass_weight * terms["mass"]
         if s.overlap_weight > 0:
-            assert pair.overlap is not None
-            terms["overlap"] = sum(map(_divergence, pair.overlap, pair.masses), loss.new_zeros(())) / 2
+            assert pair.lesson is not None
+            terms["overlap"] = sum(map(_divergence, *pair.lesson), loss.new_zeros(())) / 2
             loss = loss + s.overlap_weight * terms["overlap"]
         with torch.no_grad():  # what it costs when nothing is matched: P = mu nu^T
             mu, nu = pair.masses
@@ -347,8 +354,14 @@ class OTCXR(SSLMethod):
             mu = self._contrast(cost.detach(), valid_s, valid_t)
             nu = self._contrast(cost.detach().mT, valid_t, valid_s)
         else:
-            mu = self._mass(r_s, weights_t, valid_s, valid_t)
-            nu = self._mass(r_t, weights_s, valid_t, valid_s)
+            mu = self._mass(s.mass, r_s, weights_t, valid_s, valid_t)
+            nu = self._mass(s.mass, r_t, weights_s, valid_t, valid_s)
+        taught = None
+        if s.overlap_weight > 0:
+            taught = mu, nu
+            if s.mass == "uniform":
+                taught = (self._mass("score", r_s, None, valid_s, valid_t),
+                          self._mass("score", r_t, None, valid_t, valid_s))  # fmt: skip
         sent, received = (mu, nu) if s.mass_gradient else (mu.detach(), nu.detach())
         solved = None
         if s.pairing == "transport":
@@ -365,8 +378,9 @@ class OTCXR(SSLMethod):
             plan = self._paired(cost, (sent, received), (valid_s, valid_t), grids, batch.geometry[list(views)])
             value = (plan * cost).sum((-1, -2))
         return _Pair(
-            (z_s, z_t), (valid_s, valid_t), (mu, nu), (q_s, q_t), cost, plan, value, solved, weights_s, overlap
-        )
+            (z_s, z_t), (valid_s, valid_t), (mu, nu), (q_s, q_t), cost, plan, value, solved, weights_s,
+            None if overlap is None or taught is None else (overlap, taught),
+        )  # fmt: skip
 
     @torch.no_grad()
     def _overlap(
@@ -437,21 +451,25 @@ class OTCXR(SSLMethod):
             plans.append(one_way_plan(partner, weight, costs.shape[-1]))
         return (plans[0] + plans[1].mT) / 2
 
-    def _mass(self, infused: Tensor | None, received: Tensor | None, valid: Tensor, other_valid: Tensor) -> Tensor:
+    def _mass(
+        self, kind: str, infused: Tensor | None, received: Tensor | None, valid: Tensor, other_valid: Tensor
+    ) -> Tensor:
         """Masses of one view (B, n), at least float32.
 
         Args:
+            kind: "score", "attention" or "uniform".
             infused: R of this view.
             received: Attention of the other view's tokens on this view's, (B, heads, m, n).
             valid: (B, n) bool of this view; other_valid: (B, m) of the other one, whose tokens are the queries.
         """
         s = self.settings
         dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
-        if s.mass == "uniform":
+        if kind == "uniform":
             return valid.to(dtype) / valid.sum(-1, keepdim=True).to(dtype)
         with torch.autocast(valid.device.type, enabled=False):
-            if self.score is not None:
+            if kind == "score":
                 assert infused is not None
+                assert self.score is not None
                 score = self.score(infused.to(dtype)).squeeze(-1) / s.temperature
                 mass = score.masked_fill(~valid, float("-inf")).softmax(-1)
             else:
