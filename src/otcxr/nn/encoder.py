@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -122,11 +122,10 @@ def build_encoder(
     if padding not in ("zeros", "replicate"):
         raise ConfigError(f"encoder.padding must be zeros or replicate, received '{padding}'")
     architecture = Architecture(name, in_channels, width, stride, padding)
-    with nullcontext() if seed is None else initial_weights(seed):
-        encoder = ENCODERS[name](architecture)
-    # channels last in memory: convolutions, norms and pooling are a third faster on a CPU, and tokens need no copy
-    encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return encoder
+    if seed is None:
+        return ENCODERS[name](architecture)
+    with initial_weights(seed):
+        return ENCODERS[name](architecture)
 
 
 def encoder_digest(encoder: Encoder) -> str:
