@@ -3,8 +3,8 @@
     python benchmarks/write_claims.py        docs/results/claims.md
 
 A verdict follows from a rule that was fixed before the study was run: differences are ahead, behind, level or open as
-``STATES`` says. A claim about several rows or measures holds where all are ahead, does not hold where one is behind or level, and cannot
-be decided here otherwise.
+``STATES`` says. A claim about several rows or measures holds where all are ahead, does not hold where one is behind or
+level, and cannot be decided here otherwise.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ RIVALS = ("simclr", "densecl", "pcrlv2", "moco", "byol", "simsiam", "barlow", "v
 STATES = {
     "ahead": "the 95 % interval of the paired difference lies on the claim's side of 0",
     "behind": "it lies on the other side",
-    "level": "it holds 0 and lies within a margin around it (AUROC, localisation, pairs, heat in lungs 0.02; Dice 0.01): "
-    "a difference that matters is excluded",
+    "level": "it holds 0 and lies within a margin around it (AUROC, localisation, pairs, heat in lungs 0.02; Dice "
+    "0.01): a difference that matters is excluded",
     "open": "it holds 0 and is wider: the smallest difference that could have been seen is said",
 }
 NAMES = {"auroc": "AUROC", "dice": "Dice", "pointing": "localisation", "plan": "pairs", "lung_energy": "heat in lungs"}
