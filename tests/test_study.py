@@ -29,7 +29,7 @@ from otcxr.nn.encoder import Architecture, build_encoder, encoder_digest, load_e
 from otcxr.nn.imported import from_torchvision, read_weights
 from otcxr.nn.resnet import ResNet
 from otcxr.study import read_study, run_study
-from otcxr.study.cells import chosen_point, external_collection, pack, unpack
+from otcxr.study.cells import chosen_point, external_collection, pack, read_cell, unpack
 from otcxr.study.markdown import write_markdown
 from otcxr.study.results import collect
 from otcxr.train import pretrain
@@ -476,8 +476,8 @@ def test_dense_tasks_are_in_the_same_tables(dense):
     gap = segmented["to_random"]["simclr"]["macro"]["dice"]
     rows = segmented["rows"]
     assert gap["value"] == pytest.approx(
-        rows["simclr"]["macro"]["dice"]["value"] - rows["random"]["macro"]["dice"]["value"], abs=1e-6
-    )
+        rows["simclr"]["macro"]["dice"]["value"] - rows["random"]["macro"]["dice"]["value"], abs=2e-7
+    )  # every number of the file has seven digits
     located = tasks["localize-linear"]["1"]["test"]["rows"]["otcxr"]
     assert {"pointing", "energy", "lung_energy", "iou@0.25"} <= set(located["macro"])
     # OTCXR has a plan, the others only their maps; the same pairs for all
@@ -487,7 +487,7 @@ def test_dense_tasks_are_in_the_same_tables(dense):
     assert "plan" not in pairs["rows"]["simclr"]["macro"]
     assert "plan_gain" not in pairs["rows"]["simclr"]["macro"]
     own = {name: found["value"] for name, found in pairs["rows"]["otcxr"]["macro"].items() if isinstance(found, dict)}
-    assert own["plan_gain"] == pytest.approx(own["plan"] - own["nearest_by_map"], abs=1e-6)
+    assert own["plan_gain"] == pytest.approx(own["plan"] - own["nearest_by_map"], abs=2e-7)
     gain = pairs["rows"]["otcxr"]["macro"]["plan_gain"]
     assert -1 <= gain["low"] <= gain["value"] <= gain["high"] <= 1
     chance = [row["macro"]["chance"]["value"] for row in pairs["rows"].values()]
@@ -648,6 +648,8 @@ def test_imagenet_is_a_row_where_weights_are_given(tmp_path):
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+UNFINISHED = {"headline", "headline-nih"}  # their rules are committed before their numbers
+FINISHED = [file for file in FILES if file.stem not in UNFINISHED]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "studies" / "exploration").glob("*.yaml")),
@@ -664,12 +666,26 @@ def test_a_step_of_the_exploration_can_be_done_again_and_has_its_numbers(file):
         assert f"| `{name}` | {told['value']:.3f} [{told['low']:.3f}, {told['high']:.3f}] |" in notebook
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("name", sorted(UNFINISHED))
+def test_cells_of_a_study_under_way_are_of_its_file_and_tell_nothing_yet(name):
+    study, out = read_study(ROOT / "configs" / "studies" / f"{name}.yaml"), ROOT / "docs" / "results" / "studies" / name
+    assert not (out / "results.json").exists(), "it has ended: take it out of UNFINISHED"
+    kept = {path.name for path in (out / "cells").glob("*")}
+    known = {f"{unit.name}.tune.json" for unit in study.tuning_units()}
+    tuned = [row.name for row in study.rows if {f"{row.name}-tune{k}.tune.json" for k in (0, 1)} <= kept]
+    for unit in study.units():
+        known |= {f"{unit.name}.{task}.json" for task in ("train", *study.tasks)}
+        if unit.row in tuned or study.row(unit.row).config is None:
+            chosen = chosen_point(study, out, unit.row)
+            for task in study.tasks:
+                read_cell(study, unit, out, task, chosen)  # refuses those of other settings
+    assert kept <= known
+
+
+@pytest.mark.parametrize("file", FINISHED, ids=lambda file: file.stem)
 def test_a_committed_study_is_whole_and_its_tables_say_what_its_numbers_say(file):
     study, out = read_study(file), ROOT / "docs" / "results" / "studies" / file.stem
     assert study.name == file.stem
-    if not (out / "results.json").is_file():
-        pytest.skip(f"{file.stem} has not been run to its end yet")
     assert (out / "study.yaml").read_text() == file.read_text()
     results = json.loads((out / "results.json").read_text())
     assert results["missing"] == []
@@ -679,12 +695,10 @@ def test_a_committed_study_is_whole_and_its_tables_say_what_its_numbers_say(file
         assert (out / name).read_text() == text, f"otcxr study {file.name} --table true"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FINISHED, ids=lambda file: file.stem)
 def test_a_number_of_a_committed_study_is_that_of_its_cell(file):
     """The point estimate of one row, from the scores of its cells and the labels of a source that is always there."""
     study, out = read_study(file), ROOT / "docs" / "results" / "studies" / file.stem
-    if not (out / "results.json").is_file():
-        pytest.skip(f"{file.stem} has not been run to its end yet")
     if not study.source.startswith("phantom:"):
         pytest.skip(f"{study.source} is not part of the repository")
     results = json.loads((out / "results.json").read_text())
