@@ -21,12 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pages import machine
 from torch import nn
 
+from otcxr.attribution import ProbedEncoder
 from otcxr.files import write_atomic
-from otcxr.nn.encoder import build_encoder, load_encoder, pool
+from otcxr.nn.encoder import build_encoder, load_encoder
 from otcxr.runs import describe_environment
 from otcxr.settings import config_from_plain
 from otcxr.train import pretrain
@@ -44,22 +46,12 @@ def train(method: str, out: Path) -> Path:
     return out
 
 
-class Tuned(nn.Module):
-    def __init__(self, encoder: Any) -> None:
-        super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(encoder.channels[-1], 7)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.head(pool(self.encoder(images)))
-        return out
-
-
 def calls(encoder: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Inference and a fine-tuning step of an encoder."""
+    """Inference and a fine-tuning step of an encoder with the model that fine-tuning trains."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(BATCH, 1, SIZE, SIZE, generator=generator)
     labels = torch.rand(BATCH, 7, generator=generator).round()
-    model = Tuned(encoder)
+    model = ProbedEncoder(encoder, np.zeros((7, encoder.channels[-1])), np.zeros(7))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
 
     def infer() -> None:
