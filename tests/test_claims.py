@@ -1,0 +1,93 @@
+"""Verdicts on claims follow their rules, whatever the numbers are."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import write_claims as claims  # noqa: E402
+
+
+def found(low, high, measure="dice", row="simclr"):
+    return claims.Gap(row, "segment-token", "1", measure, (low + high) / 2, low, high, 0.03)
+
+
+AHEAD, BEHIND, LEVEL, OPEN = found(0.001, 0.03), found(-0.03, -0.001), found(-0.004, 0.009), found(-0.005, 0.011)
+
+
+def test_states():
+    assert [one.state for one in (AHEAD, BEHIND, LEVEL, OPEN)] == ["ahead", "behind", "level", "open"]
+    assert found(-0.004, 0.011, "auroc").state == "level"  # within the margin of another measure
+    assert str(OPEN) == "+0.003 [-0.005, +0.011], could be seen: 0.030"
+    assert "could be seen" not in str(LEVEL)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "said"),
+    [
+        ([AHEAD, AHEAD], "holds"),
+        ([AHEAD, LEVEL], "does not hold"),
+        ([AHEAD, OPEN, BEHIND], "does not hold"),
+        ([AHEAD, OPEN], "cannot be decided here"),
+        ([], "cannot be decided here"),
+    ],
+)
+def test_a_claim_holds_only_where_every_difference_is_ahead(gaps, said):
+    assert claims.verdict(gaps) == said
+
+
+def test_differences_are_turned_to_the_reference():
+    """A study tells the other row less the reference; a claim is about the reference."""
+    told = {"value": -0.02, "low": -0.03, "high": -0.01, "detectable": 0.01}
+    results = {"tasks": {"linear": {"1": {"test": {"to_reference": {"simclr": {"macro": {"auroc": told}}}}}}}}
+    gap = claims.gap(results, "simclr", "linear", "1", "auroc")
+    assert (gap.value, gap.low, gap.high, gap.state) == (0.02, 0.01, 0.03, "ahead")
+    assert claims.gap(results, "byol", "linear", "1", "auroc") is None
+    told["value"] = None
+    assert claims.gap(results, "simclr", "linear", "1", "auroc") is None
+
+
+def rows(shift):
+    """Results in which every rival and control is behind by ``shift``, with an interval of +-0.01."""
+    told = {"value": -shift, "low": -shift - 0.01, "high": -shift + 0.01, "detectable": 0.014}
+    others = (*claims.RIVALS, "otcxr-uniform", "otcxr-uniform-taught", "contrastive-ot", "otcxr-pixelwise",
+              "otcxr-nearest", "otcxr-geometry")  # fmt: skip
+    measures = {"linear": ("auroc",), "segment-token": ("dice",), "localize-linear": ("pointing", "lung_energy")}
+    return {
+        "study": {"reference": "otcxr"},
+        "tasks": {
+            task: {share: {"test": {"to_reference": {row: {"macro": dict.fromkeys(names, told)} for row in others}}}
+                   for share in claims.SHARES}
+            for task, names in measures.items()
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shift", "said"), [(0.05, "holds"), (-0.05, "does not hold"), (0.005, "cannot be decided here")]
+)
+def test_the_table_has_a_row_for_each_claim(shift, said):
+    results = rows(shift)
+    if said == "cannot be decided here":
+        for task in results["tasks"].values():  # wider than any margin
+            for share in task.values():
+                for row in share["test"]["to_reference"].values():
+                    row["macro"] = {name: {**told, "low": -0.06, "high": 0.05} for name, told in row["macro"].items()}
+    lines = claims.table(results, ROOT / "docs" / "results" / "studies" / "dense")
+    told = [line.split(" | ") for line in lines if line.startswith("| ") and line[2].isdigit()]
+    assert [row[0] for row in told] == [f"| {n}" for n in range(1, 7)]
+    assert [row[-1] for row in told[:3]] == [f"{said} |"] * 3
+
+
+def test_what_transport_costs_is_told_from_its_files():
+    number, said = claims.costs()
+    after = json.loads((ROOT / "docs" / "results" / "after.json").read_text())["rows"]["otcxr"]
+    assert f"inference {after['inference_ratio']:.2f}" in number
+    assert f"memory {after['memory_ratio']:.2f}" in number
+    assert said == "holds"
