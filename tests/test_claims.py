@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import write_claims as claims  # noqa: E402
+SPEC = importlib.util.spec_from_file_location("write_claims", ROOT / "benchmarks" / "write_claims.py")
+claims = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(claims)
 
 
 def found(low, high, measure="dice", row="simclr"):
