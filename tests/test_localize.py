@@ -242,6 +242,17 @@ def test_every_map_points_at_what_the_network_sees(kind):
     assert energy_inside(maps[0].numpy().astype(float), images[0, 0].numpy() > 0) > 0.5
 
 
+@pytest.mark.parametrize("kind", HEAT_MAPS)
+def test_a_map_does_not_depend_on_the_images_beside_it(kind):
+    weights = np.random.default_rng(0).normal(size=(2, 64))
+    model = ProbedEncoder(build_encoder("resnet18", width=8, seed=1), weights, np.zeros(2))
+    images = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(2))
+    together = heat_map(model, images, 1, kind)
+    assert together.max() > 0
+    for image, found in zip(images, together, strict=True):
+        assert torch.allclose(heat_map(model, image[None], 1, kind)[0], found, atol=1e-4 * float(together.max()))
+
+
 def test_an_unknown_map_is_named():
     model = ProbedEncoder(build_encoder("resnet18", width=8, seed=0), np.zeros((1, 64)), np.zeros(1))
     with pytest.raises(ConfigError, match="grad-cam"):
@@ -341,14 +352,16 @@ def test_a_network_that_is_told_is_ahead_of_one_that_is_not(phantoms, monkeypatc
     pixels = torch.stack([fit_square(r.image.radiograph().image, 64) for r in test])
     told = []
 
-    def first_is_told(model, image, finding, kind):
+    def first_is_told(model, images, finding, kind):
         told.append(model)
         if model is not told[0]:
-            return np.ones((64, 64))
-        row = int((pixels - image).abs().sum((1, 2, 3)).argmin())  # kept pixels are rounded to 16 bits
-        return read_truth(test[row], FINDINGS[finding], 64, PixelCache(1.0)).mask.astype(float)
+            return torch.ones(len(images), 64, 64)
+        rows = [int((pixels - image).abs().sum((1, 2, 3)).argmin()) for image in images]  # kept ones have 16 bits
+        masks = [read_truth(test[row], FINDINGS[finding], 64, PixelCache(1.0)).mask for row in rows]
+        return torch.from_numpy(np.stack(masks)).float()
 
-    monkeypatch.setattr(localizing, "_map_of", first_is_told)
+    monkeypatch.setattr(localizing, "heat_map", first_is_told)
+    monkeypatch.setattr(localizing, "_TOGETHER", 5)  # fewer than there are of a finding
     result = localize(
         build_encoder("resnet18", width=8, seed=3), phantoms, ("train", "test"), QUICK, kinds=["grad-cam"]
     )

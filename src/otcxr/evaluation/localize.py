@@ -71,6 +71,7 @@ SIZES = {"under 1 %": (0.0, 0.01), "1 to 5 %": (0.01, 0.05), "over 5 %": (0.05, 
 # settings of an evaluation that would do nothing here
 _UNUSED = ("fractions", "seeds", "recalibration", "rule", "neighbours", "within", "subgroups", "segment")
 _MOST = 200  # images of a finding whose regions are averaged
+_TOGETHER = 32  # images whose heat maps are made at a time
 
 FloatArray = NDArray[np.float64]
 
@@ -147,11 +148,13 @@ def localize(
     for row, f in np.argwhere(judged).tolist():
         share[row, f] = material.truth(part.records[row], f).share
     middle = _centre(config.size)
+
+    def average(rows: Sequence[int], finding: int) -> list[tuple[FloatArray, Frame | None]]:
+        return [means[finding](str(part.patients[row])) for row in rows]
+
     unlearned = {
-        "centre": _measured(lambda _row, _f: (middle, None), material, part, judged, "centre", progress),
-        "average": _measured(
-            lambda row, f: means[f](str(part.patients[row])), material, part, judged, "average", progress
-        ),
+        "centre": _measured(lambda rows, _f: [(middle, None)] * len(rows), material, part, judged, "centre", progress),
+        "average": _measured(average, material, part, judged, "average", progress),
     }
     maps = {}
     for kind in kinds:
@@ -195,33 +198,40 @@ def localized(
     return Scored(None, tests, scored.fitted, facts=scored.facts, missing=scored.missing)
 
 
-def _shown(
-    model: ProbedEncoder, material: Material, part: Part, kind: str
-) -> Callable[[int, int], tuple[FloatArray, Frame | None]]:
-    """The heat map of a classifier for a row of a part and a finding; its box is that of the map."""
+# rows of a part and a finding -> for each row its heat map, and the box that stands in for the map's own
+_Shown = Callable[[Sequence[int], int], list[tuple[FloatArray, Frame | None]]]
 
-    def shown(row: int, finding: int) -> tuple[FloatArray, Frame | None]:
+
+def _shown(model: ProbedEncoder, material: Material, part: Part, kind: str) -> _Shown:
+    """The heat maps of a classifier; their boxes are those of the maps."""
+
+    def shown(rows: Sequence[int], finding: int) -> list[tuple[FloatArray, Frame | None]]:
         assert material.masks is not None
-        image = fit_square(material.pixels.get(part.records[row].image).image, material.masks.size)[None]
-        return _map_of(model, image.to(model.probe.weight.device), finding, kind), None
+        size = material.masks.size
+        images = torch.stack([fit_square(material.pixels.get(part.records[row].image).image, size) for row in rows])
+        maps = heat_map(model, images.to(model.probe.weight.device), finding, kind).detach().cpu().numpy()
+        return [(np.asarray(heat, dtype=np.float64), None) for heat in maps]
 
     return shown
 
 
 def _measured(
-    shown: Callable[[int, int], tuple[FloatArray, Frame | None]], material: Material, part: Part,
-    judged: NDArray[np.bool_], title: str, progress: Progress,
-) -> FloatArray:  # fmt: skip
-    """All measures (N, F, M) of the maps that ``shown`` gives for a row and a finding; NaN where none is judged."""
+    shown: _Shown, material: Material, part: Part, judged: NDArray[np.bool_], title: str, progress: Progress
+) -> FloatArray:
+    """All measures (N, F, M) of the maps that ``shown`` gives for rows and a finding; NaN where none is judged."""
     assert material.masks is not None
     values = np.full((*judged.shape, len(MEASURES)), np.nan)
-    with progress.bar(title[:28], len(part.records), "images") as bar:
-        for row, record in enumerate(part.records):
-            for f in np.flatnonzero(judged[row]).tolist():
-                heat, box = shown(row, f)
-                lungs = material.masks(record, "lungs")
-                values[row, f] = judge_map(heat, material.truth(record, f), box, lungs)
-            bar(row + 1)
+    done = 0
+    with progress.bar(title[:28], int(judged.sum()), "heat maps") as bar:
+        for f in range(judged.shape[1]):
+            all_rows = np.flatnonzero(judged[:, f]).tolist()
+            for rows in (all_rows[k : k + _TOGETHER] for k in range(0, len(all_rows), _TOGETHER)):
+                for row, (heat, box) in zip(rows, shown(rows, f), strict=True):
+                    record = part.records[row]
+                    lungs = material.masks(record, "lungs")
+                    values[row, f] = judge_map(heat, material.truth(record, f), box, lungs)
+                done += len(rows)
+                bar(done)
     return values
 
 
@@ -245,10 +255,6 @@ def judge_map(
         np.nan if lungs is None else energy_inside(heat, lungs), iou(values > threshold, mask),
         *(float(overlap >= t) for t in OVERLAPS), *(float(of_found >= t) for t in OVERLAPS),
     ])  # fmt: skip
-
-
-def _map_of(model: ProbedEncoder, image: torch.Tensor, finding: int, kind: str) -> FloatArray:
-    return np.asarray(heat_map(model, image, finding, kind)[0].detach().cpu().numpy(), dtype=np.float64)
 
 
 def _centre(size: int) -> FloatArray:

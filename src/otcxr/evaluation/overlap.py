@@ -95,6 +95,9 @@ def hausdorff_95(found: Mask, truth: Mask, spacing: tuple[float, float] = (1.0, 
     if not found.any():
         return math.hypot(truth.shape[0] * spacing[0], truth.shape[1] * spacing[1])
     borders = [_border(mask) for mask in (found, truth)]
+    # no distance is asked for outside the rectangle around both regions
+    inside = ndimage.find_objects((found | truth).astype(np.uint8))[0]
+    borders = [border[inside] for border in borders]
     away = [ndimage.distance_transform_edt(~border, sampling=spacing) for border in borders]
     return float(max(np.percentile(away[1][borders[0]], 95), np.percentile(away[0][borders[1]], 95)))
 

@@ -92,7 +92,7 @@ class Scored(NamedTuple):
 
 
 class Features:
-    """Pooled features of an encoder for a material, computed once, when they are first asked for."""
+    """Pooled features of an encoder for a material and its linear probes, computed once, when first asked for."""
 
     def __init__(
         self, encoder: Encoder, material: Material, config: ProtocolConfig, cache: Path | None, progress: Progress,
@@ -108,6 +108,7 @@ class Features:
                                    progress, f"{title} {part.name}"[:28])  # fmt: skip
 
         self._of = of
+        self._probes: dict[Any, LinearProbe] = {}
 
     @cached_property
     def fit(self) -> NDArray[np.float32]:
@@ -124,20 +125,23 @@ class Features:
         """(N, C) of every set of test images."""
         return {name: self._of(part) for name, part in self._parts[2].items()}
 
-
-def _probe(features: Features, material: Material, draw: LabelDraw, config: ProtocolConfig) -> LinearProbe:
-    part = material.fit
-    return fit_probe(
-        features.fit[draw.fit], part.labels[draw.fit], part.patients[draw.fit].tolist(), material.findings,
-        strengths=config.strengths, folds=config.folds, seed=draw.seed,
-    )  # fmt: skip
+    def probe(self, material: Material, draw: LabelDraw, config: ProtocolConfig) -> LinearProbe:
+        """The linear probe of the labels of a draw, fitted once for all protocols that begin with it."""
+        key = material.findings, draw.digest, draw.seed, config.strengths, config.folds
+        if key not in self._probes:
+            part = material.fit
+            self._probes[key] = fit_probe(
+                self.fit[draw.fit], part.labels[draw.fit], part.patients[draw.fit].tolist(), material.findings,
+                strengths=config.strengths, folds=config.folds, seed=draw.seed,
+            )  # fmt: skip
+        return self._probes[key]
 
 
 def linear(
     features: Features, material: Material, draw: LabelDraw, config: ProtocolConfig, progress: Progress
 ) -> Scored:
     """Score the test images by logistic regression on frozen pooled features, fitted to the labels of a draw."""
-    probe = _probe(features, material, draw, config)
+    probe = features.probe(material, draw, config)
     return Scored(
         probe.score(features.val[draw.val]),
         {name: {"score": probe.score(x)} for name, x in features.tests.items()},
@@ -152,7 +156,7 @@ def finetuned(
     features: Features, material: Material, draw: LabelDraw, config: ProtocolConfig, progress: Progress
 ) -> Scored:
     """Score the test images by the encoder trained on, from the linear probe."""
-    probe = _probe(features, material, draw, config)
+    probe = features.probe(material, draw, config)
     device = next(features.encoder.parameters()).device
     start = ProbedEncoder(features.encoder, probe.weights, probe.bias).to(device)
     fit, val = material.fit.take(draw.fit), material.val.take(draw.val)
