@@ -20,6 +20,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 MARGIN = {"auroc": 0.02, "dice": 0.01, "pointing": 0.02, "plan": 0.02, "lung_energy": 0.02}
 RIVALS = ("simclr", "densecl", "pcrlv2", "moco", "byol", "simsiam", "barlow", "vicreg", "vicregl", "dino")
+# without CV-SIM, and with its teaching but not its masses: only ahead of both the masses are what helps
+UNIFORM = ("otcxr-uniform", "otcxr-uniform-taught")
+PAIRINGS = ("contrastive-ot", "otcxr-pixelwise", "otcxr-nearest", "otcxr-geometry")
 STATES = {
     "ahead": "the 95 % interval of the paired difference lies on the claim's side of 0",
     "behind": "it lies on the other side",
@@ -161,13 +164,11 @@ def rows_of(results: dict[str, Any], folder: Path) -> list[tuple[str, str, str]]
     tuned = [g for share in SHARES for g in against(results, RIVALS, "finetune", share, "auroc")]
     every = [g for gaps in rivals.values() for g in gaps] + tuned
     first = "holds" if won >= 2 else "does not hold" if lost >= 3 else "cannot be decided here"
-    # without CV-SIM, and with its teaching but not its masses: only ahead of both the masses are what helps
-    same = ("otcxr-uniform", "otcxr-uniform-taught")
-    uniform = [*against(results, same, "segment-token", "1", "dice"), *against(results, same, "linear", "1", "auroc"),
-               *against(results, same, "localize-linear", "1", "lung_energy")]  # fmt: skip
-    controls = ("contrastive-ot", "otcxr-pixelwise", "otcxr-nearest", "otcxr-geometry")
-    pairing = [*against(results, controls, "segment-token", "1", "dice"),
-               *against(results, controls, "linear", "1", "auroc")]  # fmt: skip
+    uniform = [g for task, measure in (("segment-token", "dice"), ("linear", "auroc"),
+                                       ("localize-linear", "lung_energy"))
+               for g in against(results, UNIFORM, task, "1", measure)]  # fmt: skip
+    pairing = [g for task, measure in (("segment-token", "dice"), ("linear", "auroc"))
+               for g in against(results, PAIRINGS, task, "1", measure)]  # fmt: skip
     best = [closest(gaps) for gaps in (*rivals.values(), tuned) if gaps]
     return [
         ("OTCXR is ahead of every rival in at least two of: linear probe at 1 %, at 10 % of the labels, localisation, "
@@ -193,9 +194,29 @@ def table(results: dict[str, Any], folder: Path) -> list[str]:
             f"both): {pairs(results)}."]  # fmt: skip
 
 
+def beside(results: dict[str, Any]) -> list[str]:
+    """The same differences of a study of real radiographs, without verdicts: it has few images and no masks."""
+    about = results["study"]
+    shares = [share for share in SHARES if share in results["tasks"].get("linear", {})]
+    lines = ["", f"## On real radiographs: {about['name']}", "", f"{about['text'].strip()}", ""]
+    for task, said in (("linear", "linear probe"), ("finetune", "fine-tuning")):
+        for share in shares:
+            gaps = against(results, RIVALS, task, share, "auroc")
+            if gaps:
+                lines.append(f"- Rivals, {said}, {SHARES[share]}: {counts(gaps)}; {closest(gaps)}.")
+    for said, rows in (("Uniform masses", UNIFORM), ("Other pairs", PAIRINGS)):
+        told = "; ".join(
+            f"{SHARES[share]}: {named(against(results, rows, 'linear', share, 'auroc'))}" for share in shares
+        )
+        lines.append(f"- {said}, linear probe, {told}.")
+    page = f"studies/{about['name']}/README.md"
+    return [*lines, f"- Pairs of positions: {pairs(results)}.", "", f"Tables: [{about['name']}]({page})."]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", default="headline", help="folder below docs/results/studies")
+    parser.add_argument("--real", default="headline-nih", help="folder of the study of real radiographs")
     parser.add_argument("--out", type=Path, default=RESULTS / "claims.md")
     words = parser.parse_args()
     folder = RESULTS / "studies" / words.study
@@ -211,8 +232,12 @@ def main() -> None:
         "A claim about several rows or measures holds where all are ahead, does not hold where one is behind or level, "
         "and cannot be decided here otherwise.", "",
     ]  # fmt: skip
-    write_atomic(words.out, "\n".join([*head, *table(results, folder)]) + "\n")
-    print("\n".join(table(results, folder)))
+    real = RESULTS / "studies" / words.real / "results.json"
+    text = "\n".join(
+        [*head, *table(results, folder), *(beside(json.loads(real.read_text())) if real.is_file() else [])]
+    )
+    write_atomic(words.out, text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

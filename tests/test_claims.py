@@ -85,6 +85,17 @@ def test_the_table_has_a_row_for_each_claim(shift, said):
     assert [row[-1] for row in told[:3]] == [f"{said} |"] * 3
 
 
+def test_real_radiographs_stand_beside_without_a_verdict():
+    results = rows(0.05)
+    results["study"] |= {"name": "real", "text": "Few images."}
+    del results["tasks"]["segment-token"], results["tasks"]["linear"]["0.01"]
+    told = "\n".join(claims.beside(results))
+    assert "Rivals, linear probe, 10 %: 10 ahead" in told
+    assert "AUROC against `otcxr-geometry`: +0.050 [+0.040, +0.060]" in told
+    assert "1 %," not in told
+    assert "holds" not in told
+
+
 def test_what_transport_costs_is_told_from_its_files():
     number, said = claims.costs()
     after = json.loads((ROOT / "docs" / "results" / "after.json").read_text())["rows"]["otcxr"]
