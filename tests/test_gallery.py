@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from otcxr.cli import main
-from otcxr.errors import DataError
+from otcxr.errors import ConfigError, DataError
 from otcxr.study import read_study
 from otcxr.study.cells import unpack
 from otcxr.study.gallery import GROUPS, choose, groups_of, make_gallery
@@ -127,6 +127,8 @@ def test_without_trainings_or_task_the_fix_is_named(made, tmp_path):
         make_gallery(study, made / "out", tmp_path / "none", _Quiet())
     with pytest.raises(DataError, match="run the study first"):
         make_gallery(study, tmp_path / "empty", made / "runs", _Quiet())
+    with pytest.raises(ConfigError, match="no seed 7; it has 0"):
+        make_gallery(study, made / "out", made / "runs", _Quiet(), seed=7)
     (tmp_path / "t.yaml").write_text(re.sub("localize-linear", "linear", (made / "s.yaml").read_text()))
     with pytest.raises(DataError, match="add the task localize-linear"):
         make_gallery(read_study(tmp_path / "t.yaml"), made / "out", made / "runs", _Quiet())

@@ -60,13 +60,15 @@ def gallery(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=str, default="", help="folder of cells and tables (default: studies/NAME)")
     parser.add_argument("--runs", type=str, default="", help="folder of the trainings (default: runs/study-NAME)")
     parser.add_argument("--each", type=int, default=2, help="images of every group and finding")
+    parser.add_argument("--seed", type=int | None, default=None, help="of the trainings that are drawn (default: the "
+                        "study's first)")  # fmt: skip
     plain = parsed(parser, words)
     to_log()
     progress = RichProgress()
     given = read_study(plain["file"])
     out = Path(plain["out"] or f"studies/{given.name}")
     runs = Path(plain["runs"] or f"runs/study-{given.name}")
-    found = make_gallery(given, out, runs, progress, each=plain["each"])
+    found = make_gallery(given, out, runs, progress, each=plain["each"], seed=plain["seed"])
     page = write_results(given, out)
     progress.say(f"{len(found['entries'])} images of {len(found['methods'])} methods in {page}")
     return 0

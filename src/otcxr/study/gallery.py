@@ -1,7 +1,7 @@
 """The failures of a study: where all methods miss, where only the reference is right, where only a rival is.
 
 Right is a method on an image with a finding where the strongest place of its Grad-CAM lies inside the region: the
-measure ``pointing`` of the cells of ``localize-linear``, first seed, largest share of labels. So images are chosen from
+measure ``pointing`` of the cells of ``localize-linear``, one seed, largest share of labels. So images are chosen from
 cells, and heat maps are drawn for these alone, with the trainings that the study left in its folder of runs. Of every
 group and finding the same number is taken, in an order that depends on nothing but names; scores play no part.
 """
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from otcxr.attribution import heat_map
 from otcxr.console import Progress
 from otcxr.data.images import fit_square
-from otcxr.errors import DataError
+from otcxr.errors import ConfigError, DataError
 from otcxr.evaluation.labelled import Material, draw_labels
 from otcxr.evaluation.localize import SIZES
 from otcxr.evaluation.overlap import Frame, box_overlap, otsu_threshold, peak_box, pointing, scaled
@@ -94,7 +94,9 @@ def choose(
     ]
 
 
-def make_gallery(study: Study, out: Path, runs: Path, progress: Progress, *, each: int = 2) -> dict[str, Any]:
+def make_gallery(
+    study: Study, out: Path, runs: Path, progress: Progress, *, each: int = 2, seed: int | None = None
+) -> dict[str, Any]:
     """Draw the gallery of a study; writes ``gallery.json`` (pictures inside), which the study's page shows.
 
     Args:
@@ -103,14 +105,19 @@ def make_gallery(study: Study, out: Path, runs: Path, progress: Progress, *, eac
         runs: Folder of the trainings.
         progress: Where to show progress.
         each: Images of a group and finding.
+        seed: One of the study's, whose trainings are there; None: its first.
     Returns: What was written.
-    Raises: DataError: the study has no such task, its cells are not there, or its trainings were removed.
+    Raises:
+        DataError: the study has no such task, its cells are not there, or its trainings were removed.
+        ConfigError: the study has no such seed.
     """
     if TASK not in study.tasks:
         raise DataError(
             f"the gallery shows where heat maps point; add the task {TASK} to judge.tasks and run the study"
         )
-    seed = study.seeds[0]
+    seed = study.seeds[0] if seed is None else seed
+    if seed not in study.seeds:
+        raise ConfigError(f"the study has no seed {seed}; it has {', '.join(map(str, study.seeds))}")
     cells = {}
     for row in study.rows:
         cell = read_cell(study, Unit(row.name, seed), out, TASK, chosen_point(study, out, row.name))
@@ -135,7 +142,7 @@ def make_gallery(study: Study, out: Path, runs: Path, progress: Progress, *, eac
     with progress.bar("gallery", len(cells), "methods") as bar:
         for done, name in enumerate(cells):
             encoder, cache = _encoder(study, Unit(name, seed), out, runs, views(""))
-            maps[name], scores[name] = _maps(study, encoder, cache, material, chosen, float(share), progress)
+            maps[name], scores[name] = _maps(study, encoder, cache, material, chosen, float(share), seed, progress)
             bar(done + 1)
     entries = [_entry(study, material, one, k, maps, scores) for k, one in enumerate(chosen)]
     counts = {group: int((shown & found).sum()) for group, found in groups_of(hits, study.reference).items()}
@@ -167,6 +174,7 @@ def _maps(
     material: Material,
     chosen: Sequence[Chosen],
     share: float,
+    seed: int,
     progress: Progress,
 ) -> tuple[list[NDArray[np.float64]], NDArray[np.float64]]:
     """Heat maps of the chosen images, and logits (N, F) of all test images."""
@@ -174,7 +182,7 @@ def _maps(
     how = protocol_config(study.evaluate)
     encoder = encoder.to(device_of(study.evaluate.accelerator))
     features = Features(encoder, material, how, cache, progress, "gallery")
-    given = draw_labels(material, share, study.evaluate.seed + study.seeds[0])
+    given = draw_labels(material, share, study.evaluate.seed + seed)
     scored = ENCODER_TASKS["linear"].score(features, material.classes, given, how, progress)
     assert scored.model is not None
     model = scored.model.to(next(encoder.parameters()).device).eval()
