@@ -288,8 +288,9 @@ for _name in _COUPLED:
 # --- the contract of every method ---
 
 _OTCXR = OTCXRSettings(
-    hidden=16, outputs=8, global_hidden=16, global_outputs=12, epsilon=0.1, mass_area=0.95, within_target=1.5
-)
+    mass="attention", overlap_weight=0.0, hidden=16, outputs=8, global_hidden=16, global_outputs=12, epsilon=0.1,
+    place=0.0, mass_area=0.95, within_target=1.5,
+)  # fmt: skip
 VARIANTS: dict[str, tuple[str, Any]] = {
     **{name: (name, method.settings) for name, method in METHODS.items()},
     **{

@@ -47,7 +47,8 @@ def transport_of_two(cost, epsilon):
 
 
 PLAIN = OTCXRSettings(
-    mass="uniform", infuse=False, centred_cost=False, alpha=3.0, beta=0.0, eta=0.0, global_weight=0.0,
+    mass="uniform", infuse=False, overlap_weight=0.0, place=0.0, centred_cost=False, alpha=3.0, beta=0.0, eta=0.0,
+    global_weight=0.0,
     variance_rows=(), epsilon=0.5, tolerance=1e-7, max_iterations=5000,
 )  # fmt: skip
 
@@ -117,4 +118,4 @@ def test_the_literal_configuration_says_what_its_text_says():
     assert (literal.objective, literal.reach, literal.centred_cost) == ("sharp", None, False)
     assert (literal.variance_rows, literal.global_weight, literal.mass_weight) == (("tokens",), 0.0, 0.0)
     assert (literal.alpha, literal.beta, literal.eta) == (25.0, 25.0, 1.0)
-    assert literal.pairing == "transport"
+    assert (literal.pairing, literal.place, literal.overlap_weight) == ("transport", 0.0, 0.0)

@@ -919,6 +919,7 @@ def test_only_pcrlv2_asks_for_clean_views():
 
 EXPLICIT = OTCXRSettings(
     mass="score", mass_gradient=True, temperature=0.5, floor=0.1, mass_area=0.95, mass_weight=0.7, infuse=False,
+    overlap_weight=0.0, place=0.0,
     heads=2, hidden=16, outputs=8, epsilon=0.1, tolerance=1e-10, max_iterations=5000, objective="value", reach=None,
     centred_cost=True, alpha=3.0, beta=2.0, eta=0.5, global_weight=0.6, variance_rows=("within-image", "position"),
     within_target=1.3, global_hidden=16, global_outputs=8,

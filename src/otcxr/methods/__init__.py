@@ -25,8 +25,8 @@ __all__ = ["METHODS", "Match", "Method", "Observed", "SSLMethod", "StepOutput", 
 
 METHODS: dict[str, Method] = {
     "otcxr": Method(OTCXR, OTCXRSettings()),
-    "otcxr-uniform": Method(OTCXR, OTCXRSettings(mass="uniform")),
-    "otcxr-uniform-infused": Method(OTCXR, OTCXRSettings(mass="uniform", infuse=True)),
+    "otcxr-uniform": Method(OTCXR, OTCXRSettings(mass="uniform", overlap_weight=0.0)),
+    "otcxr-uniform-infused": Method(OTCXR, OTCXRSettings(mass="uniform", overlap_weight=0.0, infuse=True)),
     "otcxr-pixelwise": Method(OTCXR, OTCXRSettings(pairing="same-cell")),
     "otcxr-nearest": Method(OTCXR, OTCXRSettings(pairing="nearest")),
     "otcxr-geometry": Method(OTCXR, OTCXRSettings(pairing="geometry")),

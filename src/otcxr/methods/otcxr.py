@@ -105,10 +105,10 @@ class OTCXRSettings:
             is cheaper than the mean one, over ``temperature``, from the cost without gradient: positions that are in
             both views and unlike others; no CV-SIM), "overlap" (o of the module's text, from the geometry; no CV-SIM)
             or "uniform".
-        mass_gradient: Let the transport term train the masses. False only with "attention": a score head without
-            gradient would stay as it was made. Without gradient and without ``infuse`` nothing trains CV-SIM: it is a
-            fixed random attention, and the masses are nearly uniform. With gradient, masses were seen to gather on
-            tokens that are all alike, where every match is cheap (docs/methods/otcxr.md).
+        mass_gradient: Let the transport term train the masses: they were seen to gather on tokens that are all alike,
+            where every match is cheap (docs/methods/otcxr.md). Without it a score head has to be trained by
+            ``overlap_weight`` or ``global_pool``; "attention" that nothing trains is fixed and random, and its masses
+            are nearly uniform.
         temperature: Of the softmax of the scores.
         floor: kappa in mu <- (1 - kappa) mu + kappa / n_valid; without one all mass can fall on one cell.
         mass_area: Share of the valid tokens that the masses should at least spread over, as exp(H) / n_valid.
@@ -145,30 +145,30 @@ class OTCXRSettings:
         within_target: Standard deviation that "within-image" asks for; the other rows ask for 1.
     """
 
-    mass: str = "attention"
+    mass: str = "score"
     mass_gradient: bool = False
     temperature: float = 1.0
     floor: float = 0.1
     mass_area: float = 0.5
     mass_weight: float = 25.0
-    overlap_weight: float = 0.0
+    overlap_weight: float = 400.0
     infuse: bool = False
     pairing: str = "transport"
     heads: int = 8
     hidden: int = 512
     outputs: int = 128
-    epsilon: float = 0.05
+    epsilon: float = 0.1
     tolerance: float = 1e-3
     max_iterations: int = 200
     objective: str = "value"
     reach: float | None = None
     centred_cost: bool = True
-    place: float = 0.0
-    place_radius: float = 1.0
+    place: float = 0.5
+    place_radius: float = 2.0
     alpha: float = 25.0
     beta: float = 25.0
     eta: float = 1.0
-    global_weight: float = 2.0
+    global_weight: float = 1.0
     global_hidden: int = 1024
     global_outputs: int = 1024
     global_pool: str = "uniform"
