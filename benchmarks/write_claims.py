@@ -31,6 +31,8 @@ STATES = {
     "open": "it holds 0 and is wider: the smallest difference that could have been seen is said",
 }
 NAMES = {"auroc": "AUROC", "dice": "Dice", "pointing": "localisation", "plan": "pairs", "lung_energy": "heat in lungs"}
+TASKS = {"linear": "linear probe", "finetune": "fine-tuning", "segment-token": "masks by a linear probe of tokens",
+         "localize-linear": "heat maps of the linear probe"}  # fmt: skip
 SHARES = {"1": "all labels", "0.1": "10 %", "0.01": "1 %"}
 
 
@@ -95,7 +97,7 @@ def closest(gaps: list[Gap]) -> str:
     if not gaps:
         return "not measured"
     one = min(gaps, key=lambda g: g.value)
-    return f"{NAMES[one.measure]}, {SHARES[one.share]}, against `{one.row}`: {one}"
+    return f"{NAMES[one.measure]}, {TASKS[one.task]}, {SHARES[one.share]}, against `{one.row}`: {one}"
 
 
 def exact_ratios() -> dict[int, float]:
@@ -170,6 +172,8 @@ def rows_of(results: dict[str, Any], folder: Path) -> list[tuple[str, str, str]]
     pairing = [g for task, measure in (("segment-token", "dice"), ("linear", "auroc"))
                for g in against(results, PAIRINGS, task, "1", measure)]  # fmt: skip
     best = [closest(gaps) for gaps in (*rivals.values(), tuned) if gaps]
+    best += [f"{TASKS[task]}, {SHARES[share]}: not estimable, labels are too few in some seed"
+             for task, share, _ in main if not rivals[f"{task}, {share}"]]  # fmt: skip
     return [
         ("OTCXR is ahead of every rival in at least two of: linear probe at 1 %, at 10 % of the labels, localisation, "
          "Dice", f"the rival that comes nearest: {'; '.join(best)}. All comparisons, with fine-tuning: {counts(every)}",
@@ -203,7 +207,7 @@ def beside(results: dict[str, Any]) -> list[str]:
         for share in shares:
             gaps = against(results, RIVALS, task, share, "auroc")
             if gaps:
-                lines.append(f"- Rivals, {said}, {SHARES[share]}: {counts(gaps)}; {closest(gaps)}.")
+                lines.append(f"- Rivals, {said}, {SHARES[share]}: {counts(gaps)}; nearest: {closest(gaps)}.")
     for said, rows in (("Uniform masses", UNIFORM), ("Other pairs", PAIRINGS)):
         told = "; ".join(
             f"{SHARES[share]}: {named(against(results, rows, 'linear', share, 'auroc'))}" for share in shares
@@ -230,7 +234,8 @@ def main() -> None:
         "95 % intervals; +: OTCXR is ahead. Written by `benchmarks/write_claims.py` from JSON.", "",
         *(f"- *{word}*: {text}" for word, text in STATES.items()), "",
         "A claim about several rows or measures holds where all are ahead, does not hold where one is behind or level, "
-        "and cannot be decided here otherwise.", "",
+        "and cannot be decided here otherwise. [What follows, why, and what to try "
+        "next](exploration.md#after-the-final-study).", "",
     ]  # fmt: skip
     real = RESULTS / "studies" / words.real / "results.json"
     text = "\n".join(
