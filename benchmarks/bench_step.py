@@ -220,7 +220,8 @@ class Clock:
 
 
 def shares(words: argparse.Namespace) -> dict[str, Any]:
-    """What of a step of OTCXR goes into CV-SIM and its masses, cost and Sinkhorn: measured within whole steps."""
+    """What of a step of OTCXR goes into CV-SIM and its masses, cost, Sinkhorn, and what the geometry tells (prior of
+    place, overlap): measured within whole steps."""
     stepper = Stepper("otcxr", words)
     method: Any = stepper.method
     device = stepper.batch.geometry.device
@@ -230,6 +231,7 @@ def shares(words: argparse.Namespace) -> dict[str, Any]:
         "cv_sim": ((method.cross_view, "forward"), (method, "_mass")),
         "cost": ((method_module, "cosine_cost"), (method_module, "mean_of_rows")),
         "sinkhorn": ((method_module, "sinkhorn"),),
+        "geometry": ((method, "_elsewhere"), (method, "_overlap")),
     }
     clocks = {part: [Clock(getattr(*place), device) for place in there] for part, there in places.items()}
     for part, there in places.items():
@@ -312,8 +314,8 @@ def compare(words: argparse.Namespace) -> None:
         share, (low, high) = e["otcxr"]["shares"], e["otcxr"]["share_range"]
         spent = f"{e['otcxr']['share']:.1%} ({low:.1%} to {high:.1%})"
         table += ["", f"OTCXR spends {spent} of its step on CV-SIM with the masses ({share['cv_sim']:.1%}), cost "
-                  f"({share['cost']:.1%}) and Sinkhorn ({share['sinkhorn']:.1%}; back end: "
-                  f"{e['transport']}), forward and backward, measured within whole steps. "
+                  f"({share['cost']:.1%}), Sinkhorn ({share['sinkhorn']:.1%}; back end: "
+                  f"{e['transport']}), place and overlap ({share['geometry']:.1%}), forward and backward, measured within whole steps. "
                   f"{e['machine']}, {e['threads']} thread(s), torch {e['torch']}, {e['date'][:10]}; median of "
                   f"{e['turns']} turns, in brackets the least and the largest.", ""]  # fmt: skip
     embed(ROOT / "docs" / "methods" / "README.md", "step", table)
