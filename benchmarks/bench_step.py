@@ -315,7 +315,8 @@ def compare(words: argparse.Namespace) -> None:
         spent = f"{e['otcxr']['share']:.1%} ({low:.1%} to {high:.1%})"
         table += ["", f"OTCXR spends {spent} of its step on CV-SIM with the masses ({share['cv_sim']:.1%}), cost "
                   f"({share['cost']:.1%}), Sinkhorn ({share['sinkhorn']:.1%}; back end: "
-                  f"{e['transport']}), place and overlap ({share['geometry']:.1%}), forward and backward, measured within whole steps. "
+                  f"{e['transport']}), place and overlap ({share['geometry']:.1%}), forward and backward, measured "
+                  "within whole steps. "
                   f"{e['machine']}, {e['threads']} thread(s), torch {e['torch']}, {e['date'][:10]}; median of "
                   f"{e['turns']} turns, in brackets the least and the largest.", ""]  # fmt: skip
     embed(ROOT / "docs" / "methods" / "README.md", "step", table)

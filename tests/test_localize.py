@@ -361,10 +361,8 @@ def test_a_network_that_is_told_is_ahead_of_one_that_is_not(phantoms, monkeypatc
         return torch.from_numpy(np.stack(masks)).float()
 
     monkeypatch.setattr(localizing, "heat_map", first_is_told)
-    monkeypatch.setattr(localizing, "_TOGETHER", 5)  # fewer than there are of a finding
-    result = localize(
-        build_encoder("resnet18", width=8, seed=3), phantoms, ("train", "test"), QUICK, kinds=["grad-cam"]
-    )
+    few = replace(QUICK, batch_size=5)  # than there are of a finding
+    result = localize(build_encoder("resnet18", width=8, seed=3), phantoms, ("train", "test"), few, kinds=["grad-cam"])
     macro = result["maps"]["grad-cam"]["macro"]
     for measure in ("pointing", "energy", "region_iou"):
         assert macro["encoder"][measure]["value"] == pytest.approx(1.0)

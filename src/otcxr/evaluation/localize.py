@@ -24,7 +24,7 @@ Means over images have percentile intervals over resampled patients; differences
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,6 @@ SIZES = {"under 1 %": (0.0, 0.01), "1 to 5 %": (0.01, 0.05), "over 5 %": (0.05, 
 # settings of an evaluation that would do nothing here
 _UNUSED = ("fractions", "seeds", "recalibration", "rule", "neighbours", "within", "subgroups", "segment")
 _MOST = 200  # images of a finding whose regions are averaged
-_TOGETHER = 32  # images whose heat maps are made at a time
 
 FloatArray = NDArray[np.float64]
 
@@ -159,9 +158,12 @@ def localize(
     maps = {}
     for kind in kinds:
         learned = {
-            name: _measured(_shown(model, material, part, kind), material, part, judged, f"{kind}, {name}", progress)
+            name: _measured(
+                _shown(model, material, part, kind, config.batch_size),
+                material, part, judged, f"{kind}, {name}", progress,
+            )
             for name, model in models.items()
-        }
+        }  # fmt: skip
         maps[kind] = _tables({**learned, **unlearned}, share, part.patients, material.findings, config)
     return {
         "task": f"localize-{head}", "head": head, "encoder_digest": encoder_digest(encoder),
@@ -190,7 +192,7 @@ def localized(
     tests = {}
     for name, part in material.tests.items():
         judged = (part.labels == 1) & scored.fitted
-        shown = _shown(model, material, part, "grad-cam")
+        shown = _shown(model, material, part, "grad-cam", config.batch_size)
         values = _measured(shown, material, part, judged, f"heat maps, {head}", progress)
         # a measure that some judged image does not have (no mask of the lungs) is none of this collection
         there = [k for k in range(len(MEASURES)) if not np.isnan(values[judged, k]).any()]
@@ -199,18 +201,21 @@ def localized(
 
 
 # rows of a part and a finding -> for each row its heat map, and the box that stands in for the map's own
-_Shown = Callable[[Sequence[int], int], list[tuple[FloatArray, Frame | None]]]
+_Shown = Callable[[Sequence[int], int], Iterable[tuple[FloatArray, Frame | None]]]
 
 
-def _shown(model: ProbedEncoder, material: Material, part: Part, kind: str) -> _Shown:
-    """The heat maps of a classifier; their boxes are those of the maps."""
+def _shown(model: ProbedEncoder, material: Material, part: Part, kind: str, batch_size: int) -> _Shown:
+    """The heat maps of a classifier, so many at a time; their boxes are those of the maps."""
 
-    def shown(rows: Sequence[int], finding: int) -> list[tuple[FloatArray, Frame | None]]:
+    def shown(rows: Sequence[int], finding: int) -> Iterator[tuple[FloatArray, Frame | None]]:
         assert material.masks is not None
         size = material.masks.size
-        images = torch.stack([fit_square(material.pixels.get(part.records[row].image).image, size) for row in rows])
-        maps = heat_map(model, images.to(model.probe.weight.device), finding, kind).detach().cpu().numpy()
-        return [(np.asarray(heat, dtype=np.float64), None) for heat in maps]
+        for start in range(0, len(rows), batch_size):
+            records = [part.records[row] for row in rows[start : start + batch_size]]
+            images = torch.stack([fit_square(material.pixels.get(record.image).image, size) for record in records])
+            maps = heat_map(model, images.to(model.probe.weight.device), finding, kind).detach().cpu().numpy()
+            for heat in maps:
+                yield np.asarray(heat, dtype=np.float64), None
 
     return shown
 
@@ -224,13 +229,12 @@ def _measured(
     done = 0
     with progress.bar(title[:28], int(judged.sum()), "heat maps") as bar:
         for f in range(judged.shape[1]):
-            all_rows = np.flatnonzero(judged[:, f]).tolist()
-            for rows in (all_rows[k : k + _TOGETHER] for k in range(0, len(all_rows), _TOGETHER)):
-                for row, (heat, box) in zip(rows, shown(rows, f), strict=True):
-                    record = part.records[row]
-                    lungs = material.masks(record, "lungs")
-                    values[row, f] = judge_map(heat, material.truth(record, f), box, lungs)
-                done += len(rows)
+            rows = np.flatnonzero(judged[:, f]).tolist()
+            for row, (heat, box) in zip(rows, shown(rows, f), strict=True):
+                record = part.records[row]
+                lungs = material.masks(record, "lungs")
+                values[row, f] = judge_map(heat, material.truth(record, f), box, lungs)
+                done += 1
                 bar(done)
     return values
 

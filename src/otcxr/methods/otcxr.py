@@ -16,7 +16,7 @@
 with o uniform over the positions that the other view shows, too, by the geometry of the views, 0 elsewhere; an image
 whose views show nothing in common counts 0.
 
-With ``place`` the plan is solved with C + place (1 - exp(-d^2 / (2 place_radius^2))), d the distance in cells between
+With ``place`` the plan is solved with C + place (1 - exp(-r^2 / (2 place_radius^2))), r the distance in cells between
 what two positions really show: a prior from the geometry of the views, which the features may overrule.
 
 With ``global_pool = "aside"`` L gains global_weight times the three global terms on sum_i mu_i z_i with z without
@@ -405,7 +405,7 @@ class OTCXR(SSLMethod):
         return torch.where((mass.sum(-1, keepdim=True) > 0), floored, uniform)
 
     def _elsewhere(self, batch: ViewBatch, views: tuple[int, int], map_s: Tensor, map_t: Tensor) -> Tensor:
-        """1 - exp(-d^2 / (2 place_radius^2)) of the distance in cells between what tokens show: (B, n, m) in [0, 1]."""
+        """1 - exp(-r^2 / (2 place_radius^2)) of the distance in cells between what tokens show: (B, n, m) in [0, 1]."""
         grid_s, grid_t = (map_s.shape[-2], map_s.shape[-1]), (map_t.shape[-2], map_t.shape[-1])
         geometry = batch.geometry[list(views)]
         away = squared_distance(geometry[0], geometry[1], grid_s, grid_t, self.encoder.first_centre)
