@@ -71,6 +71,7 @@ VARIANTS = {
 CASES = {
     **{name: (method.build, method.settings) for name, method in METHODS.items()},
     **{f"otcxr:{name}": (OTCXR, settings) for name, settings in VARIANTS.items()},
+    "otcxr:momentum": (OTCXR, replace(EXPLICIT, global_weight=0.6, centred_cost=True, target_momentum=0.9)),
     "simclr:cold": (SimCLR, SimCLRSettings(hidden=16, outputs=8, temperature=0.1)),
     "vicreg:narrow": (VICReg, VICRegSettings(hidden=16, outputs=8, invariance=3.0, variance=2.0, covariance=0.5)),
 }
@@ -970,6 +971,82 @@ def test_a_score_head_needs_something_to_learn_from():
         replace(EXPLICIT, global_pool="max")
 
 
+FOLLOWED = replace(EXPLICIT, centred_cost=True, global_weight=0.6, tolerance=1e-9, target_momentum=0.9)
+
+
+def test_agreement_with_slow_copies_is_their_formula():
+    """Copies that say something else than the trained network, by the slow oracles."""
+    method = stubbed(FOLLOWED).train()
+    plain = stubbed(replace(FOLLOWED, target_momentum=0.0)).train()
+    with torch.no_grad():
+        method.target_encoder.maps[0].copy_(normal(8, 12, 4, 4, seed=5))
+        for k, p in enumerate([*method.target_projector.parameters(), *method.target_pooled.parameters()]):
+            p.add_(0.2 * normal(*p.shape, seed=k))
+    batch = views()
+    with torch.no_grad():
+        out, without = method(batch), plain(batch)
+    masses = slow_otcxr(method, batch)[0]
+    valid = valid_tokens(batch)
+    z = [tokens_of(m) for m in method.encoder.maps[0].chunk(2)]
+    z_slow = [tokens_of(m) for m in method.target_encoder.maps[0].chunk(2)]
+
+    def pooled(tokens, projector):
+        rows = [x[keep].mean(0) for v in (0, 1) for x, keep in zip(tokens[v], valid[v], strict=True)]
+        return projector(torch.stack(rows)).numpy(force=True).reshape(2, len(batch.views[0]), -1)
+
+    values, chances = [], []
+    for q in (
+        (method.projector(z[0]), method.target_projector(z_slow[1])),
+        (method.target_projector(z_slow[0]), method.projector(z[1])),
+    ):
+        rows = [one[keep].numpy(force=True) for one, keep in zip(q, valid, strict=True)]
+        centre = np.concatenate(rows).mean(0)
+        for x, y, a, b in zip(*(one.numpy(force=True) for one in q), *masses, strict=True):
+            cost = cosine_cost_by_loops(x - centre, y - centre)
+            values.append(sinkhorn_by_newton(cost, a, b, FOLLOWED.epsilon, None).value)
+            chances.append(a @ cost @ b)
+    assert out.terms["transport"].item() == pytest.approx(np.mean(values), rel=1e-6)
+    assert out.terms["transport_chance"].item() == pytest.approx(np.mean(chances), rel=1e-6)
+    g, slow = pooled(z, method.pooled_projector), pooled(z_slow, method.target_pooled)
+    apart = [((g[v] - slow[1 - v]) ** 2).mean() for v in (0, 1)]
+    assert out.terms["global"].item() == pytest.approx(np.mean(apart), rel=1e-6)
+    for same in ("variance", "covariance", "global_variance", "global_covariance", "mass"):
+        assert out.terms[same].item() == pytest.approx(without.terms[same].item(), rel=1e-9)
+    assert out.terms["transport"].item() != pytest.approx(without.terms["transport"].item(), rel=1e-2)
+
+
+def test_fresh_copies_change_no_loss_and_halve_the_gradient_of_agreement():
+    alone = replace(FOLLOWED, beta=0.0, eta=0.0, mass_weight=0.0, mass="uniform")
+    batch, found = views(), []
+    for settings in (alone, replace(alone, target_momentum=0.0)):
+        method = stubbed(settings).train()
+        loss = method(batch).loss
+        loss.backward()
+        found.append((loss.item(), method.encoder.maps[0].grad))
+        assert all(p.grad is None for name, p in method.named_parameters() if name.startswith("target"))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
+    torch.testing.assert_close(found[0][1], found[1][1] / 2, rtol=1e-6, atol=1e-9)
+
+
+def test_copies_follow_after_the_step_and_are_not_what_is_handed_out():
+    method = stubbed(FOLLOWED)
+    before = [p.clone() for p in method.target_projector.parameters()]
+    with torch.no_grad():
+        for p in method.parameters():
+            if p.requires_grad:
+                p.add_(1.0)
+    method.after_step(0.0)
+    for slow, first in zip(method.target_projector.parameters(), before, strict=True):
+        torch.testing.assert_close(slow, first + 0.1)  # 0.9 of the old, 0.1 of what moved by 1
+    torch.testing.assert_close(method.target_encoder.maps[0], method.encoder.maps[0] - 0.9)
+    kept = [p.clone() for p in method.target_pooled.parameters()]
+    method.after_step(1.0)  # at the end the momentum is 1
+    for slow, first in zip(method.target_pooled.parameters(), kept, strict=True):
+        assert torch.equal(slow, first)
+    assert method.kept() is method.encoder
+    assert not [name for name in stubbed(EXPLICIT).state_dict() if name.startswith("target")]
+
+
 @pytest.mark.parametrize("radius", [0.5, 2.0])
 def test_a_prior_of_place_is_added_to_the_cost_of_the_plan(radius):
     """Against a loop over positions and Newton's method; what is shown and judged is without it."""
@@ -1174,6 +1251,11 @@ def test_the_global_term_does_not_overflow_in_half_precision():
         ({"alpha": math.nan}, "method.alpha must be at least 0, received nan"),
         ({"max_iterations": 0}, "method.max_iterations must be at least 1, received 0"),
         ({"objective": "plan"}, "method.objective must be 'value' or 'sharp', received 'plan'"),
+        ({"target_momentum": 1.5}, r"method.target_momentum must be in \[0, 1\]"),
+        (
+            {"target_momentum": 0.9, "infuse": True},
+            "method.target_momentum goes with method.infuse = false",
+        ),
         ({"reach": 0.0}, "method.reach must be > 0, or null for exact marginals; received 0.0"),
     ],
 )

@@ -29,7 +29,7 @@ from otcxr.faults import Interrupted
 from otcxr.nn.encoder import Architecture, build_encoder, encoder_digest, load_encoder
 from otcxr.nn.imported import from_torchvision, read_weights
 from otcxr.nn.resnet import ResNet
-from otcxr.settings import config_to_plain
+from otcxr.settings import LATER, config_to_plain, identity
 from otcxr.study import read_study, run_study
 from otcxr.study.cells import chosen_point, external_collection, pack, read_cell, unpack
 from otcxr.study.markdown import write_markdown
@@ -653,7 +653,8 @@ FILES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 UNFINISHED = {"headline-nih"}  # its rules are committed before its numbers
 # settings of methods that studies from before them do not tell, at what they were like without
 EARLIER = {"method.overlap_weight": 0.0, "method.place": 0.0, "method.place_radius": 1.0,
-           "method.global_pool": "uniform"}  # fmt: skip
+           "method.global_pool": "uniform", "method.target_momentum": 0.0}  # fmt: skip
+OLDER = ("dense", "methods", "nih-boxes", "nih-mini")  # settings came since: their digests are those of then
 FINISHED = [file for file in FILES if file.stem not in UNFINISHED]
 
 
@@ -715,6 +716,26 @@ def test_a_committed_study_would_train_today_what_it_trained_then(file):
         assert not moved, unit.name
         came = {key: now[key] for key in now.keys() - then.keys() if key.startswith("method.")}
         assert all(came[key] == EARLIER[key] for key in came), came
+
+
+@pytest.mark.parametrize(("name", "value"), LATER.items())
+def test_a_setting_that_came_later_counts_only_where_it_does_something(name, value):
+    plain = config_to_plain(read_study(ROOT / "configs" / "studies" / "headline.yaml").rows[0].config)
+    group, key = name.split(".")
+    assert plain[group][key] == value
+    before = {k: {n: v for n, v in part.items() if n != key} if k == group else part for k, part in plain.items()}
+    assert identity(before) == identity(plain)
+    assert identity({**plain, group: plain[group] | {key: 0.5}}) != identity(plain)
+
+
+@pytest.mark.parametrize("file", [file for file in FINISHED if file.stem not in OLDER], ids=lambda file: file.stem)
+def test_cells_of_a_committed_study_are_known_as_its_own(file):
+    """So that a cell that is removed, or lost, can be made again beside those that are there."""
+    study, out = read_study(file), ROOT / "docs" / "results" / "studies" / file.stem
+    for unit in study.units():
+        chosen = chosen_point(study, out, unit.row)
+        for task in study.tasks:
+            assert read_cell(study, unit, out, task, chosen) is not None, (unit.name, task)
 
 
 @pytest.mark.parametrize("file", FINISHED, ids=lambda file: file.stem)

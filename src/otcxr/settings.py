@@ -15,6 +15,7 @@ from otcxr.optim import OPTIMIZERS
 
 __all__ = [
     "FREE",
+    "LATER",
     "EncoderConfig",
     "PretrainConfig",
     "TrainConfig",
@@ -30,6 +31,9 @@ FREE = {
     "train.nodes", "train.log_every", "train.on_collapse", "train.collapse_patience", "train.checkpoint_minutes",
     "train.keep", "train.online_images", "train.loggers",
 }  # fmt: skip
+
+# Settings that came after studies had been committed, at the value that does nothing.
+LATER = {"method.target_momentum": 0.0}
 
 
 @dataclass(frozen=True)
@@ -224,5 +228,10 @@ def config_from_plain(plain: Mapping[str, Any]) -> PretrainConfig:
 
 
 def identity(plain: Mapping[str, Any]) -> str:
-    """Digest of the settings that decide the numbers."""
-    return digest({k: v for k, v in flatten(plain).items() if k not in FREE})
+    """Digest of the settings that decide the numbers.
+
+    A setting that came when studies were committed already (``LATER``) counts only where it does something, so that
+    what was trained before it is known by the digest of then.
+    """
+    flat = flatten(plain)
+    return digest({k: v for k, v in flat.items() if k not in FREE and (k not in LATER or v != LATER[k])})

@@ -202,7 +202,7 @@ def check_share(**values: float) -> None:
             raise ConfigError(f"method.{name} must be in [0, 1], received {value}")
 
 
-def check_momentum(momentum: float) -> None:
+def check_momentum(momentum: float, name: str = "momentum") -> None:
     """Raise ConfigError where the momentum of a copy is not in [0, 1]."""
     if not 0 <= momentum <= 1:
-        raise ConfigError(f"method.momentum must be in [0, 1] (0 copies, 1 never moves), received {momentum}")
+        raise ConfigError(f"method.{name} must be in [0, 1] (0 copies, 1 never moves), received {momentum}")

@@ -34,6 +34,11 @@ geometry of the views; positions that the other view does not show have no partn
 With local views (multi-crop) L is the mean over the pairs (s, t), (s, l) and (t, l) for every local view l; the pairs'
 problems are rectangular. The health panel and ``match`` show the pair (s, t).
 
+With ``target_momentum`` a slow copy of encoder and projectors gives every term of agreement its other side: L_OT is the
+mean of transport with the costs 1 - cos(q_s, q'_t) and 1 - cos(q'_s, q_t), |g_s - g_t|^2 the mean of |g_s - g'_t|^2 and
+|g'_s - g_t|^2, primes for the copies, which no gradient reaches. Masses, v and c are of the trained network alone.
+After the step the copies follow, with a momentum that rises from its setting to 1 along half a cosine (nn.momentum).
+
 v and c are VICReg's variance and covariance terms on the unnormalised q; which rows they see is ``variance_rows``.
 g is a projection of the mean of z over valid tokens, or with ``global_pool = "mass"`` of sum_i mu_i z_i, which trains
 the masses to gather what tells images apart and both views agree on. Padding and rotation corners get no mass, are no
@@ -74,6 +79,7 @@ from otcxr.methods.base import (
     SSLMethod,
     StepOutput,
     check_at_least,
+    check_momentum,
     check_positive,
     encode_views,
     one_way_plan,
@@ -84,6 +90,7 @@ from otcxr.methods.base import (
 from otcxr.nn.attention import CrossViewAttention
 from otcxr.nn.encoder import Encoder, pool
 from otcxr.nn.heads import ProjectionHead, TokenProjector
+from otcxr.nn.momentum import follow, momentum_copy, rising_momentum
 from otcxr.ot import Transport, at_least_float32, cosine_cost, entropy, sinkhorn
 
 __all__ = ["OTCXR", "OTCXRSettings"]
@@ -143,6 +150,8 @@ class OTCXRSettings:
         variance_rows: What counts as a row of v: "pooled" (one per image), "tokens" (all), "position" (over the batch
             at each cell), "within-image" (over the tokens of each image); any combination.
         within_target: Standard deviation that "within-image" asks for; the other rows ask for 1.
+        target_momentum: Momentum at the start of the slow copies that the trained network is aligned with; 0: there are
+            none, and both views are encoded by the trained network.
     """
 
     mass: str = "score"
@@ -174,6 +183,7 @@ class OTCXRSettings:
     global_pool: str = "uniform"
     variance_rows: tuple[str, ...] = ("within-image", "position")
     within_target: float = 1.0
+    target_momentum: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mass not in _MASSES:
@@ -208,6 +218,10 @@ class OTCXRSettings:
                        place_radius=self.place_radius)  # fmt: skip
         if self.objective not in ("value", "sharp"):
             raise ConfigError(f"method.objective must be 'value' or 'sharp', received '{self.objective}'")
+        check_momentum(self.target_momentum, "target_momentum")
+        if self.target_momentum > 0 and self.infuse:
+            raise ConfigError("method.target_momentum goes with method.infuse = false: what is infused would mix the "
+                              "trained network into its own targets")  # fmt: skip
         if self.reach is not None and not self.reach > 0:
             raise ConfigError(f"method.reach must be > 0, or null for exact marginals; received {self.reach}")
 
@@ -224,15 +238,18 @@ class OTCXRSettings:
 
 
 class _Pair(NamedTuple):
-    """Everything about one pair of views: tokens z, masses, projections q, the plan and what it costs (B,), how it was
-    solved (None where nothing was), attention of s on t, o of both views and the masses that are taught it (None where
-    none are)."""
+    """Everything about one pair of views: tokens z, those of the slow copy (None without one), masses, projections q,
+    their cost, what is aligned (kB, n, m: that cost, or both costs against the slow copy) with its plan and value, how
+    it was solved (None where nothing was), attention of s on t, o of both views and the masses that are taught it (None
+    where none are)."""
 
     tokens: tuple[Tensor, Tensor]
+    slow: tuple[Tensor, Tensor] | None
     valid: tuple[Tensor, Tensor]
     masses: tuple[Tensor, Tensor]
     projections: tuple[Tensor, Tensor]
     cost: Tensor
+    aligned: Tensor
     plan: Tensor
     value: Tensor
     solved: Transport | None
@@ -264,11 +281,19 @@ class OTCXR(SSLMethod):
             else None
         )
         self.score = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1)) if settings.has_score else None
+        slow = settings.target_momentum > 0
+        self.target_encoder = momentum_copy(encoder) if slow else None
+        self.target_projector = momentum_copy(self.projector) if slow else None
+        self.target_pooled = momentum_copy(self.pooled_projector) if slow and self.pooled_projector else None
 
     def forward(self, batch: ViewBatch, *, observe: bool = False) -> StepOutput:
         maps = encode_views(self.encoder, batch.views)
         chosen = [(0, 1), *((g, v) for g in (0, 1) for v in range(2, len(maps)))]
-        pairs = [self._pair(maps, batch, views, place=self.settings.place) for views in chosen]
+        slow = None
+        if self.target_encoder is not None:
+            with torch.no_grad():
+                slow = [tokens_of(m[-1]) for m in encode_views(self.target_encoder, batch.views)]
+        pairs = [self._pair(maps, batch, views, place=self.settings.place, slow=slow) for views in chosen]
         judged = [self._judge(pair) for pair in pairs]
         loss = torch.stack([one for one, _ in judged]).mean()
         terms = {name: torch.stack([torch.as_tensor(t[name]).detach() for _, t in judged]) for name in judged[0][1]}
@@ -279,6 +304,17 @@ class OTCXR(SSLMethod):
             shown = self._shown(pairs[0]) if self.settings.pairing in ("transport", "nearest") else None
             observed = Observed(pooled, pairs[0].tokens[0].detach(), shown)
         return StepOutput(loss, {n: t.max() if n == "residual" else t.mean() for n, t in terms.items()}, observed)
+
+    def after_step(self, progress: float) -> None:
+        momentum = rising_momentum(self.settings.target_momentum, progress)
+        pairs: tuple[tuple[nn.Module | None, nn.Module | None], ...] = (
+            (self.target_encoder, self.encoder),
+            (self.target_projector, self.projector),
+            (self.target_pooled, self.pooled_projector),
+        )
+        for slow, fast in pairs:
+            if slow is not None and fast is not None:
+                follow(slow, fast, momentum)
 
     @torch.no_grad()
     def match(self, batch: ViewBatch) -> Match:
@@ -313,16 +349,17 @@ class OTCXR(SSLMethod):
             terms["overlap"] = sum(map(_divergence, *pair.lesson), loss.new_zeros(())) / 2
             loss = loss + s.overlap_weight * terms["overlap"]
         with torch.no_grad():  # what it costs when nothing is matched: P = mu nu^T
-            mu, nu = pair.masses
-            terms[f"{name}_chance"] = (mu.unsqueeze(-1) * pair.cost * nu.unsqueeze(-2)).sum((-1, -2)).mean()
+            mu, nu = (mass.repeat(len(pair.aligned) // len(mass), 1) for mass in pair.masses)
+            terms[f"{name}_chance"] = (mu.unsqueeze(-1) * pair.aligned * nu.unsqueeze(-2)).sum((-1, -2)).mean()
         if pair.solved is not None:
             terms["residual"] = pair.solved.residual.max()
             terms["iterations"] = pair.solved.iterations.to(loss.dtype).mean()
         return loss, terms
 
     def _pair(
-        self, maps: list[tuple[Tensor, ...]], batch: ViewBatch, views: tuple[int, int], *, place: float = 0.0
-    ) -> _Pair:
+        self, maps: list[tuple[Tensor, ...]], batch: ViewBatch, views: tuple[int, int], *, place: float = 0.0,
+        slow: list[Tensor] | None = None,
+    ) -> _Pair:  # fmt: skip
         s = self.settings
         map_s, map_t = (maps[v][-1] for v in views)
         valid_s, valid_t = (
@@ -340,10 +377,14 @@ class OTCXR(SSLMethod):
             q_s, q_t = self.projector(z_s + r_s), self.projector(z_t + r_t)
         else:
             q_s, q_t = self.projector(z_s), self.projector(z_t)
-        with torch.autocast(q_s.device.type, enabled=False):
-            wide_s, wide_t = at_least_float32(q_s), at_least_float32(q_t)
-            centre = mean_of_rows(torch.cat((wide_s[valid_s], wide_t[valid_t])))[0] if s.centred_cost else 0.0
-            cost = cosine_cost(wide_s - centre, wide_t - centre)
+        cost = aligned = self._cost((q_s, q_t), (valid_s, valid_t))
+        slow_tokens = None
+        if slow is not None and self.target_projector is not None:
+            slow_tokens = slow[views[0]], slow[views[1]]
+            with torch.no_grad():
+                copy_s, copy_t = (self.target_projector(z) for z in slow_tokens)
+            aligned = torch.cat((self._cost((q_s, copy_t), (valid_s, valid_t)),
+                                 self._cost((copy_s, q_t), (valid_s, valid_t))))  # fmt: skip
         overlap = None
         if s.mass == "overlap" or s.overlap_weight > 0:
             overlap = self._overlap(batch, views, (map_s, map_t), (valid_s, valid_t), cost.dtype)
@@ -362,25 +403,35 @@ class OTCXR(SSLMethod):
             if s.mass == "uniform":
                 taught = (self._mass("score", r_s, None, valid_s, valid_t),
                           self._mass("score", r_t, None, valid_t, valid_s))  # fmt: skip
+        ways = len(aligned) // len(cost)
         sent, received = (mu, nu) if s.mass_gradient else (mu.detach(), nu.detach())
         solved = None
         if s.pairing == "transport":
-            priced = cost
+            priced = aligned
             if place > 0:
-                priced = cost + place * self._elsewhere(batch, views, map_s, map_t).to(cost.dtype)
+                priced = aligned + place * self._elsewhere(batch, views, map_s, map_t).to(cost.dtype).repeat(ways, 1, 1)
             solved = sinkhorn(
-                priced, sent, received, epsilon=s.epsilon, tolerance=s.tolerance, max_iterations=s.max_iterations,
-                objective=s.objective, reach=s.reach,
+                priced, sent.repeat(ways, 1), received.repeat(ways, 1), epsilon=s.epsilon, tolerance=s.tolerance,
+                max_iterations=s.max_iterations, objective=s.objective, reach=s.reach,
             )  # fmt: skip
             plan, value = solved.plan, solved.value
         else:
             grids = (map_s.shape[-2], map_s.shape[-1]), (map_t.shape[-2], map_t.shape[-1])
             plan = self._paired(cost, (sent, received), (valid_s, valid_t), grids, batch.geometry[list(views)])
-            value = (plan * cost).sum((-1, -2))
+            plan = plan.repeat(ways, 1, 1)
+            value = (plan * aligned).sum((-1, -2))
         return _Pair(
-            (z_s, z_t), (valid_s, valid_t), (mu, nu), (q_s, q_t), cost, plan, value, solved, weights_s,
-            None if overlap is None or taught is None else (overlap, taught),
+            (z_s, z_t), slow_tokens, (valid_s, valid_t), (mu, nu), (q_s, q_t), cost, aligned, plan, value, solved,
+            weights_s, None if overlap is None or taught is None else (overlap, taught),
         )  # fmt: skip
+
+    def _cost(self, q: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor]) -> Tensor:
+        """C of the module's text (B, n, m), at least float32; with a centred cost the mean of all valid q is 0."""
+        with torch.autocast(q[0].device.type, enabled=False):
+            wide = [at_least_float32(one) for one in q]
+            rows = [one[there] for one, there in zip(wide, valid, strict=True)]
+            centre = mean_of_rows(torch.cat(rows))[0] if self.settings.centred_cost else 0.0
+            return cosine_cost(wide[0] - centre, wide[1] - centre)
 
     @torch.no_grad()
     def _overlap(
@@ -413,9 +464,9 @@ class OTCXR(SSLMethod):
 
     @torch.no_grad()
     def _shown(self, pair: _Pair) -> Match:
-        """What the method pairs by its features: with a prior of place in the cost, the plan without it."""
+        """What the method pairs by its features: the plan without a prior of place and without slow copies."""
         s = self.settings
-        if s.place > 0 and s.pairing == "transport":
+        if (s.place > 0 or s.target_momentum > 0) and s.pairing == "transport":
             mu, nu = pair.masses
             solved = sinkhorn(pair.cost, mu, nu, epsilon=s.epsilon, tolerance=s.tolerance,
                               max_iterations=s.max_iterations, reach=s.reach)  # fmt: skip
@@ -503,12 +554,18 @@ class OTCXR(SSLMethod):
     def _global(self, pair: _Pair) -> dict[str, Tensor]:
         """Invariance, variance and covariance of the projections of pooled tokens."""
         assert self.pooled_projector is not None
-        if self.settings.global_pool == "mass":
-            pooled = [weighted_sum(z, mass) for z, mass in zip(pair.tokens, pair.masses, strict=True)]
-        else:
-            pooled = [masked_mean(z, valid) for z, valid in zip(pair.tokens, pair.valid, strict=True)]
+
+        def pooled(tokens: tuple[Tensor, Tensor]) -> list[Tensor]:
+            if self.settings.global_pool == "mass":
+                return [weighted_sum(z, mass) for z, mass in zip(tokens, pair.masses, strict=True)]
+            return [masked_mean(z, valid) for z, valid in zip(tokens, pair.valid, strict=True)]
+
+        targets = None
+        if pair.slow is not None and self.target_pooled is not None:
+            with torch.no_grad():
+                targets = self.target_pooled(torch.cat(pooled(pair.slow)))
         names = ("global", "global_variance", "global_covariance")
-        return dict(zip(names, _invariance(self.pooled_projector, pooled), strict=True))
+        return dict(zip(names, _invariance(self.pooled_projector, pooled(pair.tokens), targets), strict=True))
 
     def _covariance(self, q: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
         """Covariance penalty on pooled rows if the variance sees only those, else on all valid tokens."""
@@ -521,10 +578,17 @@ class OTCXR(SSLMethod):
         return (wanted - entropy(torch.where(valid, mass, 1.0))).clamp_min(0).mean()
 
 
-def _invariance(projector: nn.Module, pooled: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Invariance, variance and covariance of the projections of two views."""
+def _invariance(
+    projector: nn.Module, pooled: list[Tensor], targets: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Invariance, variance and covariance of the projections of two views; targets are the other side of the first."""
     g_s, g_t = projector(torch.cat(pooled)).chunk(2)
-    return squared_difference(g_s, g_t), (variance(g_s) + variance(g_t)) / 2, covariance(g_s) + covariance(g_t)
+    if targets is None:
+        agreement = squared_difference(g_s, g_t)
+    else:
+        slow_s, slow_t = targets.chunk(2)
+        agreement = (squared_difference(g_s, slow_t) + squared_difference(slow_s, g_t)) / 2
+    return agreement, (variance(g_s) + variance(g_t)) / 2, covariance(g_s) + covariance(g_t)
 
 
 def _divergence(taught: Tensor, mass: Tensor) -> Tensor:
