@@ -62,9 +62,11 @@ class Gap(NamedTuple):
         return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]{seen}"
 
 
-def gap(results: dict[str, Any], row: str, task: str, share: str, measure: str) -> Gap | None:
-    """The reference less ``row``; None where it was not measured."""
+def gap(results: dict[str, Any], row: str, task: str, share: str, measure: str, within: str = "") -> Gap | None:
+    """The reference less ``row``, of all images or within a group of them; None where it was not measured."""
     table = results["tasks"].get(task, {}).get(share, {}).get("test", {})
+    if within:
+        table = table.get("within", {}).get(within, {})
     found = table.get("to_reference", {}).get(row, {}).get("macro", {}).get(measure)
     if found is None or found["value"] is None or found["low"] is None:
         return None
@@ -87,8 +89,10 @@ def counts(gaps: list[Gap]) -> str:
     return ", ".join(f"{count} {state}" for state, count in found.items() if count)
 
 
-def against(results: dict[str, Any], rows: tuple[str, ...], task: str, share: str, measure: str) -> list[Gap]:
-    found = [gap(results, row, task, share, measure) for row in rows]
+def against(
+    results: dict[str, Any], rows: tuple[str, ...], task: str, share: str, measure: str, within: str = ""
+) -> list[Gap]:
+    found = [gap(results, row, task, share, measure, within) for row in rows]
     return [one for one in found if one is not None]
 
 
@@ -198,6 +202,17 @@ def table(results: dict[str, Any], folder: Path) -> list[str]:
             f"both): {pairs(results)}."]  # fmt: skip
 
 
+def levels(results: dict[str, Any], task: str, share: str, within: str) -> str:
+    """Macro AUROC of the reference and of a random network."""
+    table = results["tasks"][task][share]["test"]
+    rows = (table["within"][within] if within else table)["rows"]
+    told = []
+    for name in (results["study"]["reference"], "random"):
+        one = rows[name]["macro"]["auroc"]
+        told.append(f"`{name}` {one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]")
+    return ", ".join(told)
+
+
 def beside(results: dict[str, Any]) -> list[str]:
     """The same differences of a study of real radiographs, without verdicts: it has few images and no masks."""
     about = results["study"]
@@ -205,14 +220,18 @@ def beside(results: dict[str, Any]) -> list[str]:
     lines = ["", f"## On real radiographs: {about['name']}", "", f"{about['text'].strip()}", ""]
     for task, said in (("linear", "linear probe"), ("finetune", "fine-tuning")):
         for share in shares:
-            gaps = against(results, RIVALS, task, share, "auroc")
-            if gaps:
-                lines.append(f"- Rivals, {said}, {SHARES[share]}: {counts(gaps)}; nearest: {closest(gaps)}.")
-    for said, rows in (("Uniform masses", UNIFORM), ("Other pairs", PAIRINGS)):
-        told = "; ".join(
-            f"{SHARES[share]}: {named(against(results, rows, 'linear', share, 'auroc'))}" for share in shares
-        )
-        lines.append(f"- {said}, linear probe, {told}.")
+            what = f"{said}, {SHARES[share]}"
+            if not against(results, RIVALS, task, share, "auroc"):
+                lines.append(f"- {what}: no mean over findings is estimable, labels are too few.")
+                continue
+            groups = ("", *results["tasks"][task][share]["test"].get("within", {}))
+            for group in groups:
+                inside = f", within {group}" if group else ""
+                lines.append(f"- {what}{inside}: {levels(results, task, share, group)}.")
+                for who, rows in (("rivals", RIVALS), ("uniform masses", UNIFORM), ("other pairs", PAIRINGS)):
+                    gaps = against(results, rows, task, share, "auroc", group)
+                    told = f"{counts(gaps)}; nearest: {closest(gaps)}" if rows is RIVALS else named(gaps)
+                    lines.append(f"  - {who}: {told}.")
     page = f"studies/{about['name']}/README.md"
     return [*lines, f"- Pairs of positions: {pairs(results)}.", "", f"Tables: [{about['name']}]({page})."]
 

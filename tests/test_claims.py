@@ -89,9 +89,21 @@ def test_real_radiographs_stand_beside_without_a_verdict():
     results = rows(0.05)
     results["study"] |= {"name": "real", "text": "Few images."}
     del results["tasks"]["segment-token"], results["tasks"]["linear"]["0.01"]
+    all_labels = results["tasks"]["linear"]["1"]["test"]
+    levels = {name: {"macro": {"auroc": {"value": v, "low": 0.6, "high": 0.9}}} for name, v in
+              (("otcxr", 0.8), ("random", 0.7))}  # fmt: skip
+    all_labels["rows"] = levels
+    nearer = {"value": 0.02, "low": 0.01, "high": 0.03, "detectable": 0.01}
+    all_labels["within"] = {"view=AP": {"rows": levels, "to_reference": {"simclr": {"macro": {"auroc": nearer}}}}}
+    results["tasks"]["linear"]["0.1"]["test"]["to_reference"] = {}
     told = "\n".join(claims.beside(results))
-    assert "Rivals, linear probe, 10 %: 10 ahead" in told
+    level = "`otcxr` 0.800 [0.600, 0.900], `random` 0.700 [0.600, 0.900]"
+    assert f"- linear probe, all labels: {level}.\n  - rivals: 10 ahead" in told
     assert "AUROC against `otcxr-geometry`: +0.050 [+0.040, +0.060]" in told
+    assert "within view=AP" in told
+    assert "1 behind; nearest: AUROC, linear probe, all labels, against `simclr`: -0.020 [-0.030, -0.010]" in told
+    assert "linear probe, 10 %: no mean over findings is estimable" in told
+    assert "fine-tuning, 10 %: no mean" in told
     assert "1 %," not in told
     assert "holds" not in told
 

@@ -650,7 +650,7 @@ def test_imagenet_is_a_row_where_weights_are_given(tmp_path):
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
-UNFINISHED = {"headline-nih"}  # its rules are committed before its numbers
+UNFINISHED: set[str] = set()  # rules of a study are committed before its numbers
 # settings of methods that studies from before them do not tell, at what they were like without
 EARLIER = {"method.overlap_weight": 0.0, "method.place": 0.0, "method.place_radius": 1.0,
            "method.global_pool": "uniform", "method.target_momentum": 0.0}  # fmt: skip
