@@ -85,9 +85,10 @@ def table(summary: dict[str, Any]) -> list[str]:
         pairs = [at(row, "correspondence", "1", measure) for measure in ("plan", "nearest_by_map")]
         lines.append(f"| `{name}` | {' | '.join([*cells, *pairs])} | {' / '.join(focus) if focus[0] else ''} |")
     about = summary["environment"]
+    over = "patient and seed" if len(summary["seeds"]) > 1 else "patient"
     lines += [
         "", "Linear probe (macro over 7 findings), linear probe of tokens (macro over 7 regions), correspondence; "
-        f"intervals by patient; seeds: {len(summary['seeds'])}. {summary['machine']}, one thread, "
+        f"intervals by {over}; seeds: {len(summary['seeds'])}. {summary['machine']}, one thread, "
         f"torch {about['versions']['torch']}, "
         f"{about['date']}; JSON: `studies/{summary['study']}.json`.",
     ]  # fmt: skip

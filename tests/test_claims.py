@@ -24,7 +24,7 @@ AHEAD, BEHIND, LEVEL, OPEN = found(0.001, 0.03), found(-0.03, -0.001), found(-0.
 def test_states():
     assert [one.state for one in (AHEAD, BEHIND, LEVEL, OPEN)] == ["ahead", "behind", "level", "open"]
     assert found(-0.004, 0.011, "auroc").state == "level"  # within the margin of another measure
-    assert str(OPEN) == "+0.003 [-0.005, +0.011], could be seen: 0.030"
+    assert str(OPEN) == "+0.003 [-0.005, +0.011], open, could be seen: 0.030"
     assert "could be seen" not in str(LEVEL)
 
 
@@ -89,23 +89,21 @@ def test_real_radiographs_stand_beside_without_a_verdict():
     results = rows(0.05)
     results["study"] |= {"name": "real", "text": "Few images."}
     del results["tasks"]["segment-token"], results["tasks"]["linear"]["0.01"]
-    all_labels = results["tasks"]["linear"]["1"]["test"]
-    levels = {name: {"macro": {"auroc": {"value": v, "low": 0.6, "high": 0.9}}} for name, v in
-              (("otcxr", 0.8), ("random", 0.7))}  # fmt: skip
-    all_labels["rows"] = levels
-    nearer = {"value": 0.02, "low": 0.01, "high": 0.03, "detectable": 0.01}
-    all_labels["within"] = {"view=AP": {"rows": levels, "to_reference": {"simclr": {"macro": {"auroc": nearer}}}}}
-    results["tasks"]["linear"]["0.1"]["test"]["to_reference"] = {}
-    told = "\n".join(claims.beside(results))
-    level = "`otcxr` 0.800 [0.600, 0.900], `random` 0.700 [0.600, 0.900]"
-    assert f"- linear probe, all labels: {level}.\n  - rivals: 10 ahead" in told
-    assert "AUROC against `otcxr-geometry`: +0.050 [+0.040, +0.060]" in told
-    assert "within view=AP" in told
-    assert "1 behind; nearest: AUROC, linear probe, all labels, against `simclr`: -0.020 [-0.030, -0.010]" in told
-    assert "linear probe, 10 %: no mean over findings is estimable" in told
-    assert "fine-tuning, 10 %: no mean" in told
-    assert "1 %," not in told
-    assert "holds" not in told
+    whole, few = (results["tasks"]["linear"][share]["test"] for share in ("1", "0.1"))
+    whole["rows"] = {
+        name: {"macro": {"findings": ["a", "b"], "auroc": {"value": value, "low": 0.6, "high": 0.9}}}
+        for name, value in (("otcxr", 0.8), ("random", 0.7))
+    }
+    wide = {"value": 0.02, "low": -0.5, "high": 0.5, "seed_freedom": 1}
+    whole["within"] = {"view=AP": {"rows": whole["rows"], "to_reference": {"simclr": {"macro": {"auroc": wide}}}}}
+    few["rows"] = {name: {"macro": {"findings": [], "auroc": {"value": None}}} for name in ("otcxr", "random")}
+    lines = claims.beside(results)
+    assert "| | linear probe, all labels | linear probe, all labels, view=AP |" in lines
+    assert "| findings | 2 | 2 |" in lines
+    assert "| `random` | 0.700 [0.600, 0.900] | 0.700 [0.600, 0.900] |" in lines
+    assert "| less `simclr` | **+0.050 [+0.040, +0.060]** | -0.020 [-0.500, +0.500] ‡ |" in lines
+    assert "| less `otcxr-geometry` | **+0.050 [+0.040, +0.060]** |  |" in lines
+    assert "holds" not in "\n".join(lines)
 
 
 def test_what_transport_costs_is_told_from_its_files():

@@ -383,6 +383,16 @@ def test_a_table_of_all_measures_equals_each_measure():
     )
 
 
+def test_two_seeds_alone_tell_no_difference_that_could_be_seen():
+    """Student's interval with one degree of freedom is no normal one; with three it is near enough to say."""
+    for seeds, told in ((2, False), (4, True), (1, True)):
+        labels, scores, patients = table(seeds=seeds, drift=0.4)
+        gap = compare_scores(labels, scores, np.roll(scores, 1, axis=-2), patients, NAMES, resamples=200)
+        difference = gap.findings[0].measures["auroc"].difference
+        assert difference.estimate.seed_freedom == (seeds - 1 or None)
+        assert (difference.detectable is not None) == told
+
+
 def test_several_seeds_are_their_mean_and_widen_the_interval():
     labels, scores, patients = table(seeds=4, drift=0.4)
     made = evaluate_scores(labels, scores, patients, NAMES, resamples=200)
@@ -393,6 +403,8 @@ def test_several_seeds_are_their_mean_and_widen_the_interval():
         assert estimate.value == pytest.approx(np.mean(values))
         assert estimate.seeds == 4
         assert estimate.seed_deviation == pytest.approx(np.std(values, ddof=1))
+        assert estimate.seed_freedom == 3
+        assert alone[0].findings[f].measures["auroc"].seed_freedom is None
         draws = np.mean([auroc(labels[:, f], one[:, f], patient_weights(patients, 200, 0)) for one in scores], axis=0)
         narrow = np.quantile(draws, [0.025, 0.975])
         assert estimate.low < narrow[0]

@@ -29,6 +29,7 @@ from otcxr.faults import Interrupted
 from otcxr.nn.encoder import Architecture, build_encoder, encoder_digest, load_encoder
 from otcxr.nn.imported import from_torchvision, read_weights
 from otcxr.nn.resnet import ResNet
+from otcxr.report import write_study_page
 from otcxr.settings import LATER, config_to_plain, identity
 from otcxr.study import read_study, run_study
 from otcxr.study.cells import chosen_point, external_collection, pack, read_cell, unpack
@@ -400,6 +401,16 @@ def test_labels_are_harmonised():
         external_collection(other, {"Lesion": ("Hernia",)})
 
 
+def test_what_failed_is_said_where_nothing_could_be_made_at_all(tmp_path, capsys):
+    """The tables of nothing are an error of their own, which must not be all that is heard."""
+    file = write(tmp_path / "odd.yaml", seeds=[0], pretrain={**PLAIN["pretrain"], "encoder": {"stride": 8}})
+    words = ["study", str(file), "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--workers", "1"]
+    assert main(words) != 0
+    told = capsys.readouterr()
+    for row in ("simclr", "vicreg-narrow", "random"):
+        assert f"failed: {row}-s0: encoder.stride must be 16 or 32, received 8" in (told.out + told.err)
+
+
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
@@ -436,7 +447,9 @@ def test_results_are_those_of_the_statistics_on_the_cells(made):
         shown = table["to_reference"][row]["macro"]["auroc"]
         same(shown, gap.estimate)
         assert shown["p_value"] == pytest.approx(gap.p_value)
-        assert shown["detectable"] == pytest.approx(gap.detectable)
+        assert (shown["detectable"] is None) == (gap.estimate.seed_freedom == 1)
+        if gap.detectable is not None:
+            assert shown["detectable"] == pytest.approx(gap.detectable)
         p.append(gap.p_value)
     corrected = [table["to_reference"][row]["macro"]["auroc"]["p_holm"] for row in ("vicreg-narrow", "random")]
     assert corrected == pytest.approx(holm(p))
@@ -461,6 +474,30 @@ def same(shown, estimate):
     """The part of an estimate that a study keeps."""
     assert (shown["value"], shown["low"], shown["high"]) == pytest.approx(estimate[:3], nan_ok=True)
     assert shown["note"] == estimate.note
+    assert shown["seed_freedom"] == estimate.seed_freedom
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_page_says_what_its_marks_mean_where_it_has_them(made, tmp_path, marked):
+    results = json.loads((made[0] / "out" / "results.json").read_text())
+    for shares in results["tasks"].values():
+        for tests in shares.values():
+            for table in tests.values():
+                for group in (table, *table["within"].values()):
+                    for rows in (group["rows"], group["to_reference"], group["to_random"]):
+                        for row in rows.values():
+                            for part in (row["macro"], *row["findings"].values()):
+                                for one in part.values():
+                                    if isinstance(one, dict) and "seed_freedom" in one:
+                                        one |= {"seed_freedom": 3, "caution": ""}
+    if marked:
+        table = results["tasks"]["linear"]["1"]["test"]
+        table["rows"]["simclr"]["macro"]["auroc"] |= {"value": 0.7, "low": 0.0, "high": 1.0, "seed_freedom": 1}
+    write_study_page(results, tmp_path / "report.html")
+    for text in (write_markdown(results)["README.md"], (tmp_path / "report.html").read_text()):
+        assert ("0.700 [0.000, 1.000] ‡" in text) == marked
+        assert ("‡ one degree of freedom" in text) == marked
+        assert "†" not in text
 
 
 def test_dense_tasks_are_in_the_same_tables(dense):

@@ -39,12 +39,13 @@ def study(words: Sequence[str]) -> int:
             plain["file"], out, runs=plain["runs"], workers=plain["workers"], threads=plain["threads"], only=only,
             progress=progress,
         )  # fmt: skip
+        for line in failed:  # first: with nothing to show the tables below are an error of their own
+            progress.say(f"failed: {line}")
+        out.mkdir(parents=True, exist_ok=True)
         if not (out / "study.yaml").exists() or not (out / "study.yaml").samefile(plain["file"]):
             shutil.copyfile(plain["file"], out / "study.yaml")
     page = write_results(given, out, from_cells=not plain["table"])
     progress.say(f"written: {out / 'README.md'}, {out / 'results.json'} and {page}")
-    for line in failed:
-        progress.say(f"failed: {line}")
     return 1 if failed else 0
 
 

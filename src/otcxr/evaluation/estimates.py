@@ -94,6 +94,8 @@ class Estimate(NamedTuple):
         standard_error: Root of the variance over patients and seeds; None if not estimable.
         seeds: Trainings over which the value is the mean.
         seed_deviation: Standard deviation over them; None for one.
+        seed_freedom: Degrees of freedom with which it is known how far seeds move the value; None for one seed. With
+            1 the interval is 6 times as wide, for the same deviation, as with many.
     """
 
     value: float | None
@@ -108,6 +110,7 @@ class Estimate(NamedTuple):
     standard_error: float | None = None
     seeds: int = 1
     seed_deviation: float | None = None
+    seed_freedom: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, ready for JSON: numbers, strings and None, never NaN."""
@@ -146,7 +149,8 @@ class Difference(NamedTuple):
         p_holm: The same after Holm's correction over the estimable findings; None if not estimable, and for a macro
             mean, which is one question, asked once.
         excludes_zero: Whether the whole interval lies on one side of 0. No correction for several findings.
-        detectable: The smallest true difference that a test on such data sees with a power of 80 %.
+        detectable: The smallest true difference that one test on such data sees with a power of 80 %; None where seeds
+            have one degree of freedom, of which the normal approximation knows nothing.
     """
 
     estimate: Estimate

@@ -663,6 +663,7 @@ def _estimate(
         float(values.mean()), max(low, bounds[0]), min(high, bounds[1]), counts.n, counts.positives, counts.patients,
         resamples=defined.shape[1], caution=caution, standard_error=_standard_error(values, defined, spread),
         seeds=len(values), seed_deviation=float(values.std(ddof=1)) if several else None,
+        seed_freedom=_seed_spread(values, spread)[1] if several else None,
     )  # fmt: skip
 
 
@@ -697,7 +698,7 @@ def _difference(
         and (estimate.low > _ROUNDING or estimate.high < -_ROUNDING)
     )
     detectable = None
-    if estimate.low is not None and estimate.high is not None:
+    if estimate.low is not None and estimate.high is not None and estimate.seed_freedom != 1:
         detectable = smallest_difference((estimate.high - estimate.low) / 2, settings.level)
     return Difference(estimate, p_value, p_holm, excludes, detectable)
 

@@ -265,7 +265,7 @@ def power_json(table: Mapping[str, Any], to: str) -> dict[str, Any]:
         to: What the difference is to, in words.
     Returns: Of the first measure that the table has: {measure, power, level, to, findings, findings_holm, macro};
         ``findings`` each tested alone, ``findings_holm`` when all of them are tested at once and corrected. None where
-        it cannot be told.
+        it cannot be told, two seeds by themselves among it.
     """
     level = table["intervals"]["level"]
     rows = table.get("difference", table)
@@ -274,7 +274,7 @@ def power_json(table: Mapping[str, Any], to: str) -> dict[str, Any]:
 
     def of(row: Mapping[str, Any], tests: int = 1) -> float | None:
         estimate = row.get(measure, {})
-        if estimate.get("low") is None or estimate.get("high") is None:
+        if estimate.get("low") is None or estimate.get("high") is None or estimate.get("seed_freedom") == 1:
             return None
         return smallest_difference((estimate["high"] - estimate["low"]) / 2, level, tests)
 

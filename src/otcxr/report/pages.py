@@ -11,7 +11,7 @@ from typing import Any
 from otcxr.report.words import MEASURE_NAMES
 from otcxr.version import __version__
 
-__all__ = ["bounds", "render"]
+__all__ = ["bounds", "render", "study_interval"]
 
 
 def render(template: str, **facts: Any) -> str:
@@ -25,6 +25,7 @@ def render(template: str, **facts: Any) -> str:
     )  # fmt: skip
     environment.filters |= {
         "interval": _interval,
+        "study_interval": study_interval,
         "json": _json,
         "bounds": bounds,
         "p_value": lambda p: "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
@@ -50,6 +51,11 @@ def _interval(estimate: Mapping[str, Any], sign: str = "") -> str:
     if estimate["low"] is None or estimate["high"] is None:
         return f"{estimate['value']:{sign}.3f}{mark}"
     return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]{mark}"
+
+
+def study_interval(estimate: Mapping[str, Any], sign: str = "") -> str:
+    """An estimate of a study as text; marked as ``MARKS`` says."""
+    return _interval(estimate, sign) + (" ‡" if estimate.get("seed_freedom") == 1 else "")
 
 
 def bounds(estimate: Mapping[str, Any], sign: str = "") -> str:

@@ -10,7 +10,7 @@ from otcxr.charts import efficiency_chart
 from otcxr.config import flatten
 from otcxr.files import write_atomic
 from otcxr.report.pages import render
-from otcxr.report.words import MEASURE_NAMES, RANKED, STUDY_TASK_NAMES
+from otcxr.report.words import MARKS, MEASURE_NAMES, RANKED, STUDY_TASK_NAMES
 
 __all__ = ["describe_training", "means_over", "split_measures", "write_study_page"]
 
@@ -48,11 +48,13 @@ def write_study_page(results: Mapping[str, Any], out: Path, gallery: Mapping[str
     provenance = flatten({k: study[k] for k in ("source", "seeds", "reference", "grid", "pretrain", "settings")})
     environment: dict[str, Any] = next((one["environment"] for seeds in results["rows"].values() for one in seeds
                         if one.get("environment")), {})  # fmt: skip
-    page = render(
-        "study.html", results=results, study=study, tasks=tasks, trainings=trainings, made=", ".join(made),
-        provenance=provenance | flatten(environment), gallery=gallery,
-    )  # fmt: skip
-    write_atomic(out, page)
+    facts = {
+        "results": results, "study": study, "tasks": tasks, "trainings": trainings, "made": ", ".join(made),
+        "provenance": provenance | flatten(environment), "gallery": gallery,
+    }  # fmt: skip
+    page = render("study.html", marks={}, **facts)
+    met = {mark: said for mark, said in MARKS.items() if mark in page}
+    write_atomic(out, render("study.html", marks=met, **facts) if met else page)
     return out
 
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["LOCATED_NAMES", "MATCHED_NAMES", "MEASURE_NAMES", "RANKED", "STUDY_TASK_NAMES", "TASK_NAMES"]
+__all__ = ["LOCATED_NAMES", "MARKS", "MATCHED_NAMES", "MEASURE_NAMES", "RANKED", "STUDY_TASK_NAMES", "TASK_NAMES"]
+
+# what stands behind intervals in the tables of a study
+MARKS = {
+    "†": "few patients: a finding with fewer than 20 patients on one side, or a mean with such a finding in it (or "
+    "resamples that all agree). As to patients the interval is likely too narrow.",
+    "‡": "one degree of freedom: the two seeds of this row, or difference, lie further apart than those of the others "
+    "(F test at 20 %: one row in five by chance), so they alone say how far seeds move it. The interval may "
+    "be as wide as the range, says little of the row, and has no difference that could be seen.",
+}
 
 # tasks in the order of the page: title, and how scores come about
 TASK_NAMES = {

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from otcxr.charts import efficiency_chart
-from otcxr.report import MEASURE_NAMES, RANKED, STUDY_TASK_NAMES, describe_training, means_over, split_measures
+from otcxr.report import (
+    MARKS,
+    MEASURE_NAMES,
+    RANKED,
+    STUDY_TASK_NAMES,
+    describe_training,
+    means_over,
+    split_measures,
+    study_interval,
+)
 
 __all__ = ["write_markdown"]
 
@@ -24,6 +33,7 @@ def write_markdown(results: Mapping[str, Any]) -> dict[str, str]:
     if study["text"]:
         text += [study["text"], ""]
     text += [*_setting(results), ""]
+    marks = len(text)
     if results["missing"]:
         text += [f"**Not finished**: {', '.join(results['missing'])}.", ""]
     for task, shares in results["tasks"].items():
@@ -54,6 +64,8 @@ def write_markdown(results: Mapping[str, Any]) -> dict[str, str]:
             ]
             for group, inside in part["within"].items() if test == next(iter(table)) else ():
                 text += [f"#### Within {group}", "", *_one_share(inside, reference), ""]
+    told = "\n".join(text)
+    text[marks:marks] = [line for mark, said in MARKS.items() if mark in told for line in (f"{mark} {said}", "")]
     text += ["## Trainings", "", *_trainings(results), "", *_provenance(results), ""]
     files["README.md"] = "\n".join(line.rstrip() for line in text)
     return files
@@ -78,7 +90,8 @@ def _setting(results: Mapping[str, Any]) -> list[str]:
         f"Intervals: {100 * study['settings']['level']:.0f} %, over {levels}, "
         f"{study['settings']['resamples']:,} resamples; differences are paired by image and seed, to "
         f"`{study['reference']}` and to a random network. {pooled}p: two-sided, after Holm over the rows. "
-        "Could be seen: the smallest true difference that would have been shown with a power of 80 %.",
+        "Could be seen: the smallest true difference that one test would have shown with a power of 80 %; after Holm "
+        "it takes more.",
     ]  # fmt: skip
     if study["grid"]:
         grid = ", ".join(f"`{name}` of {', '.join(map(str, values))}" for name, values in study["grid"].items())
@@ -181,7 +194,4 @@ def _percent(share: str) -> str:
 def _interval(estimate: Mapping[str, Any] | None, sign: str = "") -> str:
     if estimate is None:
         return ""
-    if estimate["value"] is None:
-        return "not estimable"
-    mark = " †" if estimate.get("caution") else ""
-    return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]{mark}"
+    return study_interval(estimate, sign)

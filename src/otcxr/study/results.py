@@ -37,7 +37,7 @@ from otcxr.study.tasks import ENCODER_TASKS, PAIR_TASKS
 
 __all__ = ["collect", "write_results"]
 
-_KEPT = ("value", "low", "high", "note", "caution", "seeds", "seed_deviation")
+_KEPT = ("value", "low", "high", "note", "caution", "seeds", "seed_deviation", "seed_freedom")
 _DIFFERENCE = (*_KEPT, "p_value", "p_holm", "excludes_zero", "detectable")
 
 
