@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from dataclasses import replace
@@ -33,6 +34,7 @@ from otcxr.evaluation.metrics import auroc
 from otcxr.evaluation.predictions import evaluate_predictions, read_predictions
 from otcxr.evaluation.statistics import BootstrapSettings, compare_scores, patient_weights, smallest_difference
 from otcxr.evaluation.subgroups import age_band, attribute_of, measure_subgroups
+from otcxr.evaluation.tables import power_json
 from otcxr.evaluation.tasks import EvaluateConfig
 from otcxr.nn.encoder import build_encoder
 from otcxr.train import EncoderConfig, PretrainConfig, TrainConfig, pretrain
@@ -186,14 +188,22 @@ def test_what_could_be_seen_follows_from_the_interval_of_the_difference(judged):
     result = judged["linear"].result
     known = [f for f, row in result["difference"]["findings"].items() if row["auroc"]["value"] is not None]
     assert known
-    for finding in known:
-        gap = result["difference"]["findings"][finding]["auroc"]
+    gaps = {finding: result["difference"]["findings"][finding]["auroc"] for finding in known}
+    macro = result["difference"]["macro"]["auroc"]
+    # two seeds have one degree of freedom: of such an interval nothing follows
+    assert {gap["seed_freedom"] for gap in (*gaps.values(), macro)} == {1}
+    assert {result["power"][name][finding] for name in ("findings", "findings_holm") for finding in known} == {None}
+    assert result["power"]["macro"] is None
+    assert "random networks" in result["power"]["to"]
+    more = copy.deepcopy(result)
+    for gap in (*more["difference"]["findings"].values(), more["difference"]["macro"]):
+        gap["auroc"] |= {"seed_freedom": 3}
+    power = power_json(more, "random networks")
+    for finding, gap in gaps.items():
         half = (gap["high"] - gap["low"]) / 2
         for name, tests in (("findings", 1), ("findings_holm", len(known))):
-            assert result["power"][name][finding] == pytest.approx(smallest_difference(half, 0.95, tests))
-    gap = result["difference"]["macro"]["auroc"]
-    assert result["power"]["macro"] == pytest.approx(smallest_difference((gap["high"] - gap["low"]) / 2, 0.95))
-    assert "random networks" in result["power"]["to"]
+            assert power[name][finding] == pytest.approx(smallest_difference(half, 0.95, tests))
+    assert power["macro"] == pytest.approx(smallest_difference((macro["high"] - macro["low"]) / 2, 0.95))
 
 
 def test_tasks_judge_the_same_images_with_the_same_labels(judged):
