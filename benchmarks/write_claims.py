@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from otcxr.files import write_atomic
+from otcxr.report import MARKS, study_interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -200,16 +201,13 @@ def table(results: dict[str, Any], folder: Path) -> list[str]:
             f"both): {pairs(results)}."]  # fmt: skip
 
 
-def told(estimate: dict[str, Any] | None, sign: float = 1.0) -> str:
-    """An estimate, turned by ``sign``; in bold where its interval lies on one side of 0 and it is a difference."""
+def less(estimate: dict[str, Any] | None) -> str:
+    """The reference less a row, of an estimate of the row less the reference; in bold where it leaves out 0."""
     if estimate is None or estimate["value"] is None:
         return ""
-    low, high = sorted((sign * estimate["low"], sign * estimate["high"]))
-    mark = " ‡" if estimate.get("seed_freedom") == 1 else ""
-    if sign > 0:
-        return f"{estimate['value']:.3f} [{low:.3f}, {high:.3f}]{mark}"
-    text = f"{sign * estimate['value']:+.3f} [{low:+.3f}, {high:+.3f}]{mark}"
-    return f"**{text}**" if low > 0 or high < 0 else text
+    turned = {"value": -estimate["value"], "low": -estimate["high"], "high": -estimate["low"]}
+    text = study_interval(estimate | turned, "+")
+    return f"**{text}**" if turned["low"] > 0 or turned["high"] < 0 else text
 
 
 def beside(results: dict[str, Any]) -> list[str]:
@@ -226,21 +224,21 @@ def beside(results: dict[str, Any]) -> list[str]:
             ]
     lines = [
         "", f"## On real radiographs: {about['name']}", "",
-        f"{about['text'].strip()} Most means hold findings of fewer than 20 patients. AUROC of OTCXR and of a random "
-        "network, then OTCXR less every other row, each interval by itself, in bold where it leaves out 0; ‡: seeds "
-        "have one degree of freedom, so it says little. What is not in the table has no mean, as fewer than half of "
-        f"the findings are estimable. With Holm's p: [tables](studies/{about['name']}/README.md).", "",
+        f"{about['text'].strip()} AUROC of OTCXR and of a random network, then OTCXR less every other row, each "
+        "interval by itself, in bold where it leaves out 0. What is not in the table has no mean, as fewer than half "
+        f"of the findings are estimable. With Holm's p: [tables](studies/{about['name']}/README.md).", "",
         f"| | {' | '.join(what for what, _ in columns)} |", "|---" * (len(columns) + 1) + "|",
     ]  # fmt: skip
     counted = [len(table["rows"][about["reference"]]["macro"]["findings"]) for _, table in columns]
     lines.append(f"| findings | {' | '.join(map(str, counted))} |")
     for row in (about["reference"], "random"):
-        cells = [told(table["rows"].get(row, {}).get("macro", {}).get("auroc")) for _, table in columns]
+        cells = [study_interval(table["rows"][row]["macro"]["auroc"]) for _, table in columns]
         lines.append(f"| `{row}` | {' | '.join(cells)} |")
     for row in columns[0][1]["to_reference"]:
-        cells = [told(table["to_reference"].get(row, {}).get("macro", {}).get("auroc"), -1.0) for _, table in columns]
+        cells = [less(table["to_reference"].get(row, {}).get("macro", {}).get("auroc")) for _, table in columns]
         lines.append(f"| less `{row}` | {' | '.join(cells)} |")
-    return [*lines, "", f"Pairs of positions: {pairs(results)}."]
+    met = [f"{mark} {said}" for mark, said in MARKS.items() if mark in "".join(lines)]
+    return [*lines, "", *(line for one in met for line in (one, "")), f"Pairs of positions: {pairs(results)}."]
 
 
 def main() -> None:

@@ -102,6 +102,8 @@ def test_real_radiographs_stand_beside_without_a_verdict():
     assert "| findings | 2 | 2 |" in lines
     assert "| `random` | 0.700 [0.600, 0.900] | 0.700 [0.600, 0.900] |" in lines
     assert "| less `simclr` | **+0.050 [+0.040, +0.060]** | -0.020 [-0.500, +0.500] ‡ |" in lines
+    assert any(line.startswith("‡ one degree of freedom") for line in lines)
+    assert not any("†" in line for line in lines)
     assert "| less `otcxr-geometry` | **+0.050 [+0.040, +0.060]** |  |" in lines
     assert "holds" not in "\n".join(lines)
 

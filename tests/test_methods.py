@@ -72,6 +72,7 @@ CASES = {
     **{name: (method.build, method.settings) for name, method in METHODS.items()},
     **{f"otcxr:{name}": (OTCXR, settings) for name, settings in VARIANTS.items()},
     "otcxr:momentum": (OTCXR, replace(EXPLICIT, global_weight=0.6, centred_cost=True, target_momentum=0.9)),
+    "otcxr:momentum-nearest": (OTCXR, replace(EXPLICIT, pairing="nearest", target_momentum=0.9)),
     "simclr:cold": (SimCLR, SimCLRSettings(hidden=16, outputs=8, temperature=0.1)),
     "vicreg:narrow": (VICReg, VICRegSettings(hidden=16, outputs=8, invariance=3.0, variance=2.0, covariance=0.5)),
 }

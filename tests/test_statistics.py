@@ -556,18 +556,8 @@ def test_json_shape():
     labels, scores, patients = table()
     labels[:, 2] = np.nan
     counts = {"n", "positives", "patients", "positive_patients", "negative_patients", "prevalence"}
-    interval = {
-        "value",
-        "low",
-        "high",
-        "note",
-        "resamples",
-        "caution",
-        "standard_error",
-        "seeds",
-        "seed_deviation",
-        "seed_freedom",
-    }
+    interval = {"value", "low", "high", "note", "resamples", "caution", "standard_error", "seeds", "seed_deviation",
+                "seed_freedom"}  # fmt: skip
     measures = {"auroc", "average_precision", "sensitivity_at_specificity"}
     made = as_json(evaluate_scores(labels, scores, patients, NAMES, resamples=20, seed=3, level=0.9))
     assert json.loads(json.dumps(made, allow_nan=False)) == made

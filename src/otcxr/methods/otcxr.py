@@ -239,9 +239,9 @@ class OTCXRSettings:
 
 class _Pair(NamedTuple):
     """Everything about one pair of views: tokens z, those of the slow copy (None without one), masses, projections q,
-    their cost, what is aligned (kB, n, m: that cost, or both costs against the slow copy) with its plan and value, how
-    it was solved (None where nothing was), attention of s on t, o of both views and the masses that are taught it (None
-    where none are)."""
+    their cost, what is aligned (kB, n, m: that cost, or both costs against the slow copy) with the plan of its first B
+    and its value (kB,), how it was solved (None where nothing was), attention of s on t, o of both views and the masses
+    that are taught it (None where none are)."""
 
     tokens: tuple[Tensor, Tensor]
     slow: tuple[Tensor, Tensor] | None
@@ -414,12 +414,11 @@ class OTCXR(SSLMethod):
                 priced, sent.repeat(ways, 1), received.repeat(ways, 1), epsilon=s.epsilon, tolerance=s.tolerance,
                 max_iterations=s.max_iterations, objective=s.objective, reach=s.reach,
             )  # fmt: skip
-            plan, value = solved.plan, solved.value
+            plan, value = solved.plan[: len(cost)], solved.value
         else:
             grids = (map_s.shape[-2], map_s.shape[-1]), (map_t.shape[-2], map_t.shape[-1])
             plan = self._paired(cost, (sent, received), (valid_s, valid_t), grids, batch.geometry[list(views)])
-            plan = plan.repeat(ways, 1, 1)
-            value = (plan * aligned).sum((-1, -2))
+            value = (plan.repeat(ways, 1, 1) * aligned).sum((-1, -2))
         return _Pair(
             (z_s, z_t), slow_tokens, (valid_s, valid_t), (mu, nu), (q_s, q_t), cost, aligned, plan, value, solved,
             weights_s, None if overlap is None or taught is None else (overlap, taught),

@@ -48,13 +48,11 @@ def write_study_page(results: Mapping[str, Any], out: Path, gallery: Mapping[str
     provenance = flatten({k: study[k] for k in ("source", "seeds", "reference", "grid", "pretrain", "settings")})
     environment: dict[str, Any] = next((one["environment"] for seeds in results["rows"].values() for one in seeds
                         if one.get("environment")), {})  # fmt: skip
-    facts = {
-        "results": results, "study": study, "tasks": tasks, "trainings": trainings, "made": ", ".join(made),
-        "provenance": provenance | flatten(environment), "gallery": gallery,
-    }  # fmt: skip
-    page = render("study.html", marks={}, **facts)
-    met = {mark: said for mark, said in MARKS.items() if mark in page}
-    write_atomic(out, render("study.html", marks=met, **facts) if met else page)
+    page = render(
+        "study.html", results=results, study=study, tasks=tasks, trainings=trainings, made=", ".join(made),
+        provenance=provenance | flatten(environment), gallery=gallery, marks=MARKS,
+    )  # fmt: skip
+    write_atomic(out, page)
     return out
 
 
