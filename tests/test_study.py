@@ -616,6 +616,17 @@ def test_pages_hold_every_row_and_show_markup_as_text(made):
     assert (folder / "out" / "README.md").read_text() == before
 
 
+def test_a_curve_needs_means_at_two_shares(made, tmp_path):
+    results = json.loads((made[0] / "out" / "results.json").read_text())
+    for table in results["tasks"]["linear"]["0.3"].values():
+        for row in table["rows"].values():
+            row["macro"]["auroc"] |= {"value": None, "low": None, "high": None, "note": "not estimable"}
+    files = write_markdown(results)
+    write_study_page(results, tmp_path / "report.html")
+    assert set(files) == {"README.md"}
+    assert "Label efficiency" not in files["README.md"] + (tmp_path / "report.html").read_text()
+
+
 def test_results_without_cells_are_refused(tmp_path):
     study = read_study(write(tmp_path / "s.yaml"))
     with pytest.raises(DataError, match="holds no finished cell"):

@@ -4,7 +4,7 @@ from otcxr.report.evaluation import show_evaluation, write_predictions_page
 from otcxr.report.pages import study_interval
 from otcxr.report.rows import localize_rows, matching_rows
 from otcxr.report.run import write_explorer_page, write_report
-from otcxr.report.study import describe_training, means_over, split_measures, write_study_page
+from otcxr.report.study import describe_training, efficiency_svg, means_over, split_measures, write_study_page
 from otcxr.report.words import MARKS, MEASURE_NAMES, RANKED, STUDY_TASK_NAMES, TASK_NAMES
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "STUDY_TASK_NAMES",
     "TASK_NAMES",
     "describe_training",
+    "efficiency_svg",
     "localize_rows",
     "matching_rows",
     "means_over",

@@ -12,7 +12,7 @@ from otcxr.files import write_atomic
 from otcxr.report.pages import render
 from otcxr.report.words import MARKS, MEASURE_NAMES, RANKED, STUDY_TASK_NAMES
 
-__all__ = ["describe_training", "means_over", "split_measures", "write_study_page"]
+__all__ = ["describe_training", "efficiency_svg", "means_over", "split_measures", "write_study_page"]
 
 
 def write_study_page(results: Mapping[str, Any], out: Path, gallery: Mapping[str, Any] | None = None) -> Path:
@@ -26,18 +26,13 @@ def write_study_page(results: Mapping[str, Any], out: Path, gallery: Mapping[str
             most = next(iter(tables.values()))
             ranked, single = split_measures(most)
             name = ranked[0]
-            curves = {
-                row: [(float(share), table["rows"][row]["macro"][name]) for share, table in reversed(tables.items())]
-                for row, found in most["rows"].items()
-                if name in found["macro"]
-            }
             tasks.append({
                 "title": title, "how": how, "test": test if len(results["images"]) > 1 else "", "measure": name,
                 "ranked": ranked, "findings": list(next(iter(most["rows"].values()))["findings"]),
                 "single": single, "several": len(ranked) > 1 and ranked[0] not in RANKED,
                 "shares": tables, "most": most, "over": means_over(list(tables.values())),
                 "within": {group: means_over([inside]) for group, inside in most["within"].items()},
-                "svg": efficiency_chart(curves, f"macro {MEASURE_NAMES[name]}", {"random"}) if len(tables) > 1 else "",
+                "svg": efficiency_svg(tables, name),
             })  # fmt: skip
     trainings = {
         row: describe_training([one for one in seeds if one.get("last")])
@@ -54,6 +49,17 @@ def write_study_page(results: Mapping[str, Any], out: Path, gallery: Mapping[str
     )  # fmt: skip
     write_atomic(out, page)
     return out
+
+
+def efficiency_svg(tables: dict[str, Any], measure: str) -> str:
+    """Draw the means of a measure by share of the labels, from the largest down; "" where fewer than two have any."""
+    curves = {
+        row: [(float(share), table["rows"][row]["macro"][measure]) for share, table in reversed(tables.items())]
+        for row, found in next(iter(tables.values()))["rows"].items()
+        if measure in found["macro"]
+    }
+    shares = {share for points in curves.values() for share, estimate in points if estimate["value"] is not None}
+    return efficiency_chart(curves, f"macro {MEASURE_NAMES[measure]}", {"random"}) if len(shares) > 1 else ""
 
 
 def split_measures(table: Mapping[str, Any]) -> tuple[list[str], list[str]]:

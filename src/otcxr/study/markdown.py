@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from otcxr.charts import efficiency_chart
 from otcxr.report import (
     MARKS,
     MEASURE_NAMES,
     RANKED,
     STUDY_TASK_NAMES,
     describe_training,
+    efficiency_svg,
     means_over,
     split_measures,
     study_interval,
@@ -21,7 +21,7 @@ __all__ = ["write_markdown"]
 
 
 def write_markdown(results: Mapping[str, Any]) -> dict[str, str]:
-    """Return file names and texts: ``README.md`` and one ``efficiency-TASK.svg`` where there are several shares."""
+    """Return file names and texts: ``README.md``, and ``efficiency-TASK.svg`` where several shares have means."""
     study = results["study"]
     files: dict[str, str] = {}
     reference = study["reference"]
@@ -44,15 +44,10 @@ def write_markdown(results: Mapping[str, Any]) -> dict[str, str]:
                 text += [f"### Judged on {test}", ""]
             text += _across_shares(shares, test, reference)
             text += _measures(next(iter(shares.values()))[test])
-        if len(shares) > 1:
-            test = next(iter(next(iter(shares.values()))))
-            measure = _first(shares, test)
-            curves = {
-                row: [(float(s), table[test]["rows"][row]["macro"][measure]) for s, table in reversed(shares.items())]
-                for row, found in next(iter(shares.values()))[test]["rows"].items()
-                if measure in found["macro"]
-            }
-            files[f"efficiency-{task}.svg"] = efficiency_chart(curves, f"macro {MEASURE_NAMES[measure]}", {"random"})
+        test = next(iter(next(iter(shares.values()))))
+        svg = efficiency_svg({share: table[test] for share, table in shares.items()}, _first(shares, test))
+        if svg:
+            files[f"efficiency-{task}.svg"] = svg
             text += [f"![Label efficiency](efficiency-{task}.svg)", ""]
         most, table = next(iter(shares.items()))
         for test, part in table.items():
