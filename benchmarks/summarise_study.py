@@ -20,7 +20,7 @@ from otcxr.files import write_atomic
 ROOT = Path(__file__).parent.parent
 MEASURES = {
     "linear": ("auroc",), "segment-token": ("dice",), "localize-linear": ("pointing", "lung_energy"),
-    "correspondence": ("plan", "nearest_by_map", "nearest_by_cost"), "focus": ("learned", "uniform"),
+    "correspondence": ("plan", "nearest_by_map", "nearest_by_cost", "plan_gain"), "focus": ("learned", "uniform"),
 }  # fmt: skip
 
 
@@ -50,11 +50,11 @@ def summarise(results: dict[str, Any], cell: dict[str, Any], health: dict[str, A
             table = tests["test"]
             for row, part in table["rows"].items():
                 kept = rows[row].setdefault(task, {}).setdefault(share, {})
-                for measure in MEASURES[task]:
-                    if measure in part["macro"]:
-                        kept[measure] = short(part["macro"][measure])
-                    if row in table["to_reference"] and measure in table["to_reference"][row]["macro"]:
-                        kept[f"{measure}, less reference"] = short(table["to_reference"][row]["macro"][measure])
+                for group, inside in (("", table), *table["within"].items()):
+                    where = f", {group}" if group else ""
+                    for less, found in (("", inside["rows"]), (", less reference", inside["to_reference"])):
+                        macro = found.get(row, {}).get("macro", {})
+                        kept |= {f"{m}{where}{less}": short(macro[m]) for m in MEASURES[task] if m in macro}
                 if task == "focus" and "learned" in part["findings"].get("lungs", {}):
                     kept["lungs, learned"], kept["lungs, uniform"] = (
                         short(part["findings"]["lungs"][m]) for m in ("learned", "uniform")
