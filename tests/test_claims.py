@@ -18,6 +18,7 @@ def found(low, high, measure="dice", row="simclr"):
     return claims.Gap(row, "segment-token", "1", measure, (low + high) / 2, low, high, 0.03)
 
 
+WIDE = found(-0.05, 0.07)  # open whatever the measure
 AHEAD, BEHIND, LEVEL, OPEN = found(0.001, 0.03), found(-0.03, -0.001), found(-0.004, 0.009), found(-0.005, 0.011)
 
 
@@ -106,6 +107,40 @@ def test_real_radiographs_stand_beside_without_a_verdict():
     assert not any("†" in line for line in lines)
     assert "| less `otcxr-geometry` | **+0.050 [+0.040, +0.060]** |  |" in lines
     assert "holds" not in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("tenth", "hundredth", "dice", "said"),
+    [
+        (AHEAD, WIDE, AHEAD, "holds"),  # two of the four measures
+        (WIDE, AHEAD, AHEAD, "holds"),
+        (AHEAD, AHEAD, WIDE, "cannot be decided here"),  # as long as Dice is not one of them
+        (WIDE, BEHIND, AHEAD, "cannot be decided here"),
+        (BEHIND, BEHIND, AHEAD, "does not hold"),
+    ],
+)
+def test_a_second_study_decides_by_the_rule_of_its_own(tenth, hundredth, dice, said):
+    def told(one, p):
+        return {"value": -one.value, "low": -one.high, "high": -one.low, "detectable": one.detectable, "p_holm": p}
+
+    first, second = rows(0.05), rows(0.05)
+    second["study"] |= {"name": "more", "text": "More labels."}
+    for results, task, share, measure, one in (
+        (first, "segment-token", "1", "dice", dice), (second, "linear", "0.1", "auroc", tenth),
+        (second, "linear", "0.01", "auroc", hundredth),
+    ):  # fmt: skip
+        results["tasks"][task][share]["test"]["to_reference"]["vicregl"] = {"macro": {measure: told(one, 0.2)}}
+    for share in claims.SHARES:
+        test = second["tasks"]["linear"][share]["test"]
+        test["rows"] = {name: {"macro": {"findings": ["a"], "auroc": {"value": 0.7, "low": 0.6, "high": 0.8}}}
+                        for name in ("otcxr", "random")}  # fmt: skip
+        for row in set(claims.RIVALS) - {"vicregl"}:
+            test["to_reference"][row]["macro"]["auroc"] = told(AHEAD, 0.01)
+    del second["tasks"]["localize-linear"], second["tasks"]["segment-token"]
+    lines = claims.again(second, first)
+    assert f"probe from this one: {said}**" in lines[-1]
+    assert "After Holm over the rows OTCXR is ahead of 9 of 10 with 10 %, 9 of 10 with 1 %." in lines[-1]
+    assert f"| less `vicregl` | {claims.less(told(OPEN, 1))} |" in "\n".join(lines) or OPEN not in (tenth, hundredth)
 
 
 def test_what_transport_costs_is_told_from_its_files():
