@@ -29,7 +29,7 @@ from otcxr.data.phantom import (
     render,
 )
 from otcxr.data.phantom_render import attenuation
-from otcxr.data.records import VirtualImage
+from otcxr.data.records import VirtualImage, column
 from otcxr.errors import ConfigError
 
 ACUTE = ("Consolidation", "Effusion", "Pneumothorax", "Edema")
@@ -136,6 +136,19 @@ def test_an_image_does_not_depend_on_the_count():
         assert a[1:8] == b[1:8]
         assert (a.labels, a.boxes, a.split) == (b.labels, b.boxes, b.split)
         assert digest(a.image) == digest(b.image)
+
+
+def test_who_is_in_which_split_is_known_without_drawing_anything(monkeypatch):
+    """Else every choice of a split of a large set draws all of it, and `phantom:100000` takes hours."""
+    names = ("patient", "split", "view")
+    told = [[getattr(record, name) for record in read_phantom("40,seed=3,size=64").records] for name in names]
+    collection = read_phantom("40,seed=3,size=64")
+    monkeypatch.setattr("otcxr.data.phantom._record", lambda config, index: pytest.fail("a record was made"))
+    assert [column(collection.records, name) for name in names[:2]] == told[:2]
+    monkeypatch.undo()
+    assert column(collection.records, "view") == told[2]
+    part = collection.split("test")
+    assert [record.split for record in part.records] == ["test"] * told[1].count("test")
 
 
 def test_sequence_counts_and_slices():
@@ -524,10 +537,10 @@ def crowd():
 
 def macro_auroc(features, labels, test, strength):
     scores = []
-    for column in labels.T:
+    for labelled in labels.T:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=3000))
-        model.fit(features[~test], column[~test])
-        scores.append(roc_auc_score(column[test], model.decision_function(features[test])))
+        model.fit(features[~test], labelled[~test])
+        scores.append(roc_auc_score(labelled[test], model.decision_function(features[test])))
     return float(np.mean(scores))
 
 

@@ -20,7 +20,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -222,8 +222,21 @@ class _Records(Sequence[Record]):
     def __iter__(self) -> Iterator[Record]:
         return (_record(self._config, i) for i in range(len(self)))
 
+    def column(self, name: str) -> list[Any]:
+        """One field of all records; who is in which split is known before anything is drawn."""
+        table, people = _table(self._config.seed, self._config.count), range(len(self))
+        if name == "patient":
+            return [_patient(table, i) for i in people]
+        if name == "split":
+            return [table.split[table.patient[i]] for i in people]
+        return [getattr(record, name) for record in self]
 
-@lru_cache(maxsize=10_000)  # boxes are looked for on a lattice, and every choice of a split asks for every record
+
+def _patient(table: _Table, index: int) -> str:
+    return f"P{table.patient[index]:05d}"
+
+
+@lru_cache(maxsize=10_000)  # boxes are looked for on a lattice
 def _record(config: PhantomConfig, index: int) -> Record:
     table = _table(config.seed, config.count)
     patient, number = table.patient[index], table.study[index]
@@ -233,7 +246,7 @@ def _record(config: PhantomConfig, index: int) -> Record:
     boxes = [box for finding in present for box in _boxes(config, body, study, disease, finding) if box is not None]
     masks: dict[str, ImageRef] = {layer: PhantomImage(config, index, layer) for layer in ("lungs", "heart", *present)}
     return Record(
-        image=PhantomImage(config, index), study=f"P{patient:05d}-{number}", patient=f"P{patient:05d}",
+        image=PhantomImage(config, index), study=f"{_patient(table, index)}-{number}", patient=_patient(table, index),
         sex=table.sex[patient], age=table.age[patient], view=study.view, source="phantom",
         spacing=(study.geometry.field / config.size,) * 2, labels=labels, boxes=tuple(boxes), masks=masks,
         split=table.split[patient],

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Box",
     "Collection",
+    "Columns",
     "ImageRef",
     "Radiograph",
     "Record",
@@ -75,10 +76,16 @@ class StoredImage(Protocol):
 
 
 @runtime_checkable
-class Table(Protocol):
-    """Records that can be asked for one field of all of them, and for a part, without being made."""
+class Columns(Protocol):
+    """Records that can be asked for one field of all of them, made or not."""
 
     def column(self, name: str) -> list[Any]: ...
+
+
+@runtime_checkable
+class Table(Columns, Protocol):
+    """Records of which a field, or a part, is had without making them."""
+
     def coded(self, name: str) -> tuple[NDArray[np.int64], list[Any]]:
         """One field of all records as numbers, and what they stand for."""
         ...
@@ -91,7 +98,7 @@ class Table(Protocol):
 
 def column(records: Sequence[Record], name: str) -> list[Any]:
     """One field of all records."""
-    return records.column(name) if isinstance(records, Table) else [getattr(record, name) for record in records]
+    return records.column(name) if isinstance(records, Columns) else [getattr(record, name) for record in records]
 
 
 def coded(records: Sequence[Record], name: str) -> tuple[NDArray[np.int64], list[Any]]:
