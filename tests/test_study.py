@@ -35,6 +35,7 @@ from otcxr.study import read_study, run_study
 from otcxr.study.cells import chosen_point, external_collection, pack, read_cell, unpack
 from otcxr.study.markdown import write_markdown
 from otcxr.study.results import collect
+from otcxr.study.spec import Unit
 from otcxr.train import pretrain
 
 SOURCE = "phantom:220,seed=6,size=32"
@@ -764,6 +765,20 @@ def test_a_committed_study_would_train_today_what_it_trained_then(file):
         assert not moved, unit.name
         came = {key: now[key] for key in now.keys() - then.keys() if key.startswith("method.")}
         assert all(came[key] == EARLIER[key] for key in came), came
+
+
+def test_the_second_study_trains_the_rows_of_the_first_as_they_were_tuned():
+    """Seeds and their phantoms apart; it has no tuning of its own, so its file repeats what the first one chose."""
+    first, second = (read_study(ROOT / "configs" / "studies" / f"{n}.yaml") for n in ("headline", "headline-labels"))
+    out = ROOT / "docs" / "results" / "studies" / "headline"
+    trained = [row.name for row in second.rows if row.config is not None]
+    assert {"otcxr", "simclr", "vicregl"} <= set(trained)
+    assert not set(first.seeds) & set(second.seeds)
+    for name in trained:
+        chosen = chosen_point(first, out, name)
+        was = flatten(config_to_plain(first.config(Unit(name, first.seeds[0]), chosen)))
+        now = flatten(config_to_plain(second.config(Unit(name, second.seeds[0]), {})))
+        assert {key for key in was if was[key] != now[key]} == {"seed", "data.source"}, name
 
 
 @pytest.mark.parametrize(("name", "value"), LATER.items())

@@ -77,9 +77,11 @@ class StoredImage(Protocol):
 
 @runtime_checkable
 class Columns(Protocol):
-    """Records that can be asked for one field of all of them, made or not."""
+    """Records that know a quicker way to one field of all of them than making each."""
 
-    def column(self, name: str) -> list[Any]: ...
+    def column(self, name: str) -> list[Any]:
+        """The field ``name`` of every record, in their order."""
+        ...
 
 
 @runtime_checkable
